@@ -1,0 +1,210 @@
+"""report.html: complete, offline, and deaf to markup in the data."""
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+
+from mine_refine_nb import report
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>'
+LOCALES = {'us': 12, 'es': 6, 'jp': 6}  # queries
+
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+         '--disable-component-update', '--disable-sync']
+
+
+def make_pairs(judged=12):
+    ids = [f'{locale}{i}' for locale, n in LOCALES.items() for i in range(n)]
+    rng = np.random.default_rng(0)
+    return pl.DataFrame(dict(
+        query_id=np.repeat(ids, judged), product_id=[f'p{i}' for i in range(len(ids) * judged)],
+        locale=np.repeat(list(LOCALES), [n * judged for n in LOCALES.values()]), grade=rng.choice([0, 1, 2], len(ids) * judged),
+        listed=[True] * len(ids) * judged))
+
+
+def make_evaluation(gap, ndcg, seed):
+    "What metrics.Evaluation offers, small."
+    rng, pairs = np.random.default_rng(seed), make_pairs()
+    pairs = pairs.with_columns(score=.4 + gap * pl.col('grade') + pl.Series(rng.normal(0, .1, len(pairs))))
+    per_query = pairs.select('query_id', 'locale').unique(maintain_order=True)
+    per_query = per_query.with_columns(
+        pl.format('search {} ' + HOSTILE, 'query_id').alias('query'), pl.lit(12).alias('judged'), pl.lit(True).alias('listed'),
+        pl.Series('ndcg@10', np.clip(rng.normal(ndcg, .15, len(per_query)), 0, 1)))
+    run = pairs.with_columns(rank=pl.col('score').rank('ordinal', descending=True).over('query_id'),
+                             grade=pl.when(pl.int_range(pl.len()) % 5 == 0).then(-1).otherwise('grade'))
+    values = {'ndcg@10': ndcg, 'auc_2': .6 + gap, 'auc_1': .65 + gap, 'recall@50': float('nan'), 'f1_2': .4321}
+    return SimpleNamespace(values=values, pairs=pairs, run=run, per_query=per_query, definitions=dict(overlap='shared area'),
+                           per_locale={l: values | dict(queries=n) for l, n in LOCALES.items()},
+                           counts=dict(queries=24, judgments=288, min_judged=10))
+
+
+def make_run():
+    table = pl.DataFrame({'metric': ['ndcg@10', 'auc_2', 'recall@50'], 'a': [.5512, .63, None], 'b': [.6034, .76, None],
+                          'difference': [.0522, .13, None], 'low': [.0111, -.02, None], 'high': [.0931, .28, None],
+                          'p': [.0123, .0002, None], 'p_corrected': [.0246, .0511, None]})
+    pairs = make_pairs()
+    history = pl.DataFrame(dict(step=[*range(40), 0, 20], name=['loss'] * 40 + ['ndcg@10'] * 2, value=[1.] * 40 + [.5, .6]))
+    data = SimpleNamespace(
+        name=f'market {HOSTILE}', judgments=pairs, fingerprint='f00dcafe', notes=(dict(what=HOSTILE, count=3, why='no title'),),
+        products=pl.DataFrame(dict(product_id=pairs['product_id'], title=[f'Lamp {i} {HOSTILE}' for i in range(len(pairs))])))
+    return dict(
+        run={'seed': 41, 'preset': 'smoke', HOSTILE: HOSTILE, 'stage2': dict(margin=.25, centers=[.15, .5, .85]),
+             'seconds': dict(stage1=31.5, stage2=63.)},
+        evaluations=dict(pretrained=make_evaluation(.03, .5512, 1), stage1=make_evaluation(.09, .5777, 2),
+                         stage2=make_evaluation(.16, .6034, 3)),
+        comparisons={'stage2 vs pretrained': table}, histories=dict(stage1=history, stage2=history), data=data,
+        mining=dict(found=1234, removed=dict(too_close=77), note=HOSTILE, example=pl.DataFrame(dict(title=[HOSTILE]))))
+
+
+@pytest.fixture(scope='module')
+def page(tmp_path_factory):
+    path = report.write_report(tmp_path_factory.mktemp('run') / 'report.html', **make_run())
+    return path.read_text(encoding='utf-8')
+
+
+class Reader(HTMLParser):
+    "Text of the page, its tags with attributes, and its scripts."
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts, self.scripts, self.open = [], [], [], []
+        self.feed(page)
+    def handle_starttag(self, tag, attrs): self.tags.append((tag, dict(attrs))); self.open.append(tag)
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag: pass
+    def handle_data(self, data): (self.scripts if self.open[-1:] == ['script'] else self.texts).append(data)
+    @property
+    def text(self): return re.sub(r'\s+', ' ', ' '.join(self.texts))
+
+
+@pytest.fixture(scope='module')
+def reader(page): return Reader(page)
+
+
+def test_page_loads_nothing_from_anywhere(page, reader):
+    loading = [(tag, attrs) for tag, attrs in reader.tags if tag in ('link', 'img', 'iframe', 'object', 'embed', 'base')
+               or 'src' in attrs or not attrs.get('href', '#').startswith('#')]
+    assert loading == []
+    assert "default-src 'none'" in next(a['content'] for t, a in reader.tags if t == 'meta' and 'http-equiv' in a)
+    assert '@import' not in page.split('</style>')[0] and 'url(' not in page.split('</style>')[0]
+
+
+def test_plotly_is_inside_once(page, reader):
+    assert sum(len(s) > 1_000_000 for s in reader.scripts) == 1 and len(page) < 7_000_000
+    assert sum('Plotly.newPlot' in s and len(s) < 200_000 for s in reader.scripts) == 7
+    ids = [a['id'] for t, a in reader.tags if 'id' in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_hostile_text_is_only_text(reader):
+    assert not [t for t, a in reader.tags if any(k.startswith('on') for k in a)]
+    assert HOSTILE in reader.text and f'market {HOSTILE}' in reader.text, 'shown as it is, as text'
+    assert re.search(r'search \w+ ' + re.escape(HOSTILE), reader.text) and re.search(r'Lamp \d+ ' + re.escape(HOSTILE), reader.text)
+    for script in reader.scripts:
+        if len(script) < 1_000_000: assert '<script' not in script and 'onerror=alert(2)>' not in script
+
+
+def test_hostile_query_reaches_the_figures_twice_escaped(reader):
+    deltas = next(s for s in reader.scripts if 'figure-deltas' in s)
+    assert r'\u0026lt;' in deltas or '&lt;' in deltas.replace(r'\u0026', '&')
+
+
+def test_metric_table_holds_the_numbers_passed_in(page, reader):
+    row = page.split('<th>ndcg@10</th>')[1].split('</tr>')[0]
+    for number in ('0.551', '0.578', '0.603', '<b>+0.052</b>', '+0.011 to +0.093', 'p 0.012', '(p 0.025)'): assert number in row
+    auc = page.split('<th>auc_2</th>')[1].split('</tr>')[0]
+    assert '+0.130' in auc and '<b>' not in auc, 'p_corrected .0511 is not significant'
+    assert '–' in page.split('<th>recall@50</th>')[1].split('</tr>')[0] and '0.432' in reader.text
+    assert 'nan' not in reader.text.lower().replace('finance', '')
+
+
+def test_every_part_is_there(reader):
+    for text in ('Scores per grade', 'Lowest ndcg@10', 'Largest losses of ndcg@10', 'Seconds per step', '31.5', 'preset smoke',
+                 'centers 0.15, 0.5, 0.85', 'found 1234', 'too_close 77', 'no title', 'f00dcafe', 'shared area', 'unjudged',
+                 '24 queries with at least 10 judged products'): assert text in reader.text, text
+    rows = reader.text.split('Locales')[-1]
+    assert all(locale in rows for locale in LOCALES)
+
+
+def test_navigation_leads_somewhere(reader):
+    ids = {a.get('id') for _, a in reader.tags}
+    links = [a['href'][1:] for t, a in reader.tags if t == 'a']
+    assert len(links) == 8 and set(links) <= ids
+
+
+def test_worst_queries_are_the_worst():
+    run = make_run()
+    worst = report.worst_queries(run['evaluations'], run['data'].products, count=3, top=4)
+    last = run['evaluations']['stage2'].per_query.sort('ndcg@10')
+    assert [q['query_id'] for q in worst['Lowest ndcg@10']] == last['query_id'][:3].to_list()
+    first = run['evaluations']['pretrained'].per_query
+    change = dict((first.join(last, on='query_id').with_columns(d=pl.col('ndcg@10_right') - pl.col('ndcg@10')))
+                  .select('query_id', 'd').iter_rows())
+    lost = [q['query_id'] for q in worst['Largest losses of ndcg@10']]
+    assert lost == sorted((q for q in change if change[q] < 0), key=change.get)[:3]
+    products = worst['Lowest ndcg@10'][0]['products']
+    assert [p['rank'] for p in products] == [1, 2, 3, 4] and products[0]['title'].startswith('Lamp')
+    scores = run['evaluations']['stage2'].run.filter(pl.col('query_id') == last['query_id'][0])
+    assert products[0]['product_id'] == scores.sort('score', descending=True)['product_id'][0]
+
+
+def test_only_listed_queries_count():
+    run = make_run()
+    for e in run['evaluations'].values():
+        e.per_query = e.per_query.with_columns(listed=pl.col('locale') == 'jp')
+    worst = report.worst_queries(run['evaluations'], run['data'].products)
+    assert {q['locale'] for queries in worst.values() for q in queries} == {'jp'}
+
+
+def test_parts_without_content_are_left_out(tmp_path):
+    run = make_run()
+    run |= dict(comparisons={}, histories={}, mining=None, evaluations=dict(pretrained=run['evaluations']['pretrained']))
+    run['data'].notes = ()
+    run['run'].pop('seconds')
+    reader = Reader(report.write_report(tmp_path / 'report.html', **run).read_text(encoding='utf-8'))
+    assert {'training', 'mining'}.isdisjoint(a.get('id') for _, a in reader.tags)
+    assert 'Seconds per step' not in reader.text and 'Nothing.' in reader.text and 'None.' in reader.text
+
+
+def test_an_interrupted_write_leaves_the_old_report(tmp_path, monkeypatch):
+    path = tmp_path / 'report.html'
+    path.write_text('old')
+    def fail(*_): raise OSError('disk full')
+    monkeypatch.setattr(os, 'replace', fail)
+    with pytest.raises(OSError, match='disk full'): report.write_text(path, 'new')
+    assert path.read_text() == 'old' and os.listdir(tmp_path) == ['report.html']
+
+
+def test_same_run_same_bytes(tmp_path):
+    pages = [report.write_report(tmp_path / f'{i}.html', **make_run()).read_bytes() for i in range(2)]
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason='no Chromium here; `make browser` installs it')
+def test_page_in_a_browser(tmp_path):
+    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    path = report.write_report(tmp_path / 'report.html', **make_run())
+    trouble, requests = [], []
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        tab = browser.new_page(viewport=dict(width=390, height=800), color_scheme='dark')
+        tab.on('pageerror', lambda error: trouble.append(str(error)))
+        tab.on('console', lambda message: trouble.append(message.text) if message.type == 'error' else None)
+        tab.on('dialog', lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
+        tab.on('request', lambda request: requests.append(request.url))
+        tab.goto(path.as_uri())
+        tab.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 21")
+        width, background = tab.evaluate(
+            '[document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor]')
+        titles = tab.locator('.gtitle').all_text_contents()
+        browser.close()
+    assert trouble == [] and requests == [path.as_uri()]
+    assert width == 390, 'wider than the phone: the page scrolls sideways'
+    assert background == 'rgb(20, 23, 26)', 'dark where the reader asks for dark'
+    assert len([t for t in titles if t.startswith('Scores per grade')]) == 1 and len(titles) == 7

@@ -1,0 +1,118 @@
+"""The documentation site: links lead somewhere, nothing is fetched from elsewhere, figures draw, a phone can read it."""
+import shutil
+import subprocess
+import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+
+import pytest
+
+import build_site
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT / "_quarto.yml", ROOT / "tools" / "build_site.py", ROOT / "nbs" / "styles.css", *(ROOT / "nbs").rglob("*.ipynb")]
+FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+         "--disable-component-update --disable-sync").split()
+
+
+@pytest.fixture(scope="session")
+def site() -> Path:
+    "The built site: the one in _docs/ if no source is newer, else a new one."
+    built = build_site.SITE / "llms.txt"
+    if not built.exists() or built.stat().st_mtime < max(p.stat().st_mtime for p in SOURCES):
+        done = subprocess.run([sys.executable, "tools/build_site.py"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return build_site.SITE
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    "The site behind a web server, since a browser lets no local file read another."
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "A headless Chromium: the machine's own, or the one that playwright installed."
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    with playwright.sync_playwright() as p:
+        if not path and not Path(p.chromium.executable_path).exists():
+            pytest.skip("no Chromium on this machine: `make browser` installs one")
+        found = p.chromium.launch(executable_path=path, args=FLAGS)
+        yield found
+        found.close()
+
+
+def pages(site: Path) -> list[Path]:
+    "The site's pages."
+    return sorted(site.rglob("*.html"))
+
+
+def test_every_link_leads_somewhere(site):
+    assert build_site.broken_links(site) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "b.html").write_text('<h2 id="here">b</h2><a href="https://example.org/x">elsewhere</a>')
+    links = ["b.html#here", "b.html#gone", "c.html", "/b.html", "#nowhere", "b.html"]
+    (tmp_path / "a.html").write_text("".join(f'<a href="{link}"></a>' for link in links))
+    assert build_site.broken_links(tmp_path) == [f"a.html -> {link}" for link in ("#nowhere", "/b.html", "b.html#gone", "c.html")]
+
+
+def test_nothing_is_fetched_from_elsewhere(site):
+    "Scripts, styles and pictures are the site's own."
+    if "quarto" in (site / "index.html").read_text(encoding="utf-8").split('name="generator"', 1)[1][:30]:
+        pytest.skip("Quarto decides itself what its pages load")
+    class Loads(build_site.Links):
+        def handle_starttag(self, tag, attrs):
+            if tag in ("script", "link", "img", "iframe"):
+                super().handle_starttag(tag, attrs)
+    assert not [(p.name, t) for p in pages(site) for t in Loads(p).targets if urlsplit(t).netloc]
+
+
+def test_llms_txt_describes_every_page(site):
+    listed = [line for line in (site / "llms.txt").read_text(encoding="utf-8").splitlines() if line.startswith("- [")]
+    assert len(listed) == len([p for p in pages(site) if p.name != "404.html"])
+    assert all(line.split("): ", 1)[1].strip() for line in listed)
+
+
+def test_figures_draw(site, address, browser):
+    "On a page with figures each box holds a drawing, and nothing complains."
+    with_figures = [p for p in pages(site) if 'class="plotly-figure"' in p.read_text(encoding="utf-8")]
+    if not with_figures:
+        pytest.skip("no page has a figure yet")
+    page, errors = browser.new_page(), []
+    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"{address}/{with_figures[0].relative_to(site).as_posix()}", wait_until="load")
+    boxes = page.locator(".plotly-figure").count()
+    page.wait_for_function("n => document.querySelectorAll('.plotly-figure:has(svg.main-svg)').length == n", arg=boxes, timeout=30_000)
+    assert not errors
+
+
+def test_a_phone_needs_no_sideways_scrolling(site, address, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    wide = []
+    for path in pages(site):
+        page.goto(f"{address}/{path.relative_to(site).as_posix()}", wait_until="load")
+        if (width := page.evaluate("document.documentElement.scrollWidth")) > 390:
+            wide.append(f"{path.name}: {width} pixels")
+    assert not wide
+
+
+def test_search_finds_a_page(address, browser):
+    page = browser.new_page()
+    page.goto(f"{address}/index.html", wait_until="load")
+    assert page.evaluate("fetch('search.json').then(r => r.json()).then(entries => entries.length)") > 0
