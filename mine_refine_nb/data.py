@@ -7,20 +7,22 @@ __all__ = ['PRODUCT_COLUMNS', 'JUDGMENT_COLUMNS', 'COUNTS', 'SPLITS', 'FRAMES', 
            'ENGAGEMENT_SCHEMA', 'NEAR', 'ESCI_FILES', 'ESCI_PRODUCT', 'ESCI_JUDGMENT', 'QUERY_SCHEMA', 'WANDS_FILES',
            'BEIR_SPLITS', 'LAYOUTS', 'SHADES', 'Note', 'RelevanceData', 'queries_of', 'take_split', 'query_ids',
            'DataError', 'Source', 'line_of', 'place', 'refuse', 'text_check', 'as_number', 'grade_checks',
-           'judgment_schema', 'check', 'explain', 'need_columns', 'tidy', 'plain', 'normalise_query', 'letter_triples',
-           'rarest', 'jaccard', 'near_pairs', 'query_groups', 'order_groups', 'split_queries', 'leaking',
-           'checked_products', 'check_known', 'check_split', 'checked_judgments', 'agree', 'drop_leaks', 'cut_sides',
-           'settle_split', 'checked_engagement', 'crossing', 'make_data', 'utf8', 'read_csv', 'ragged', 'read_jsonl',
-           'broken_line', 'read_parquet', 'read_table', 'one_of', 'file_source', 'read_own', 'tell_apart', 'read_esci',
-           'with_queries', 'read_wands', 'read_qrels', 'binary_grades', 'read_beir', 'Layout', 'detect_layout',
-           'load_data', 'product_text', 'candidates', 'summarise', 'data_text', 'mix_bar', 'judged_line', 'data_html',
-           'hash_frame', 'fingerprint_data', 'write_frames', 'save_data', 'load_saved']
+           'judgment_schema', 'is_count', 'check', 'explain', 'need_columns', 'tidy', 'plain', 'normalise_query',
+           'distinct', 'letter_triples', 'rarest', 'jaccard', 'near_pairs', 'query_groups', 'order_groups',
+           'split_queries', 'find_leaks', 'checked_products', 'check_known', 'check_split', 'checked_judgments',
+           'agree', 'drop_leaks', 'cut_sides', 'settle_split', 'checked_engagement', 'crossing', 'make_data', 'utf8',
+           'read_csv', 'ragged', 'read_jsonl', 'broken_line', 'read_parquet', 'read_table', 'one_of', 'file_source',
+           'read_own', 'first_known', 'tell_apart', 'read_esci', 'with_queries', 'read_wands', 'read_qrels',
+           'binary_grades', 'read_beir', 'Layout', 'detect_layout', 'label_map', 'load_data', 'product_text',
+           'candidates', 'summarise', 'data_text', 'mix_bar', 'judged_line', 'summary_row', 'data_html', 'hash_frame',
+           'fingerprint_data', 'write_frames', 'save_data', 'load_saved']
 
 # %% ../nbs/api/01_data.ipynb #cell-3
 import csv
 import difflib
 import hashlib
 import html
+import io
 import json
 import os
 import tempfile
@@ -95,7 +97,7 @@ def queries_of(
     return (judgments.group_by("query_id", maintain_order=True)
             .agg(pl.col("query", "locale", "split").first(), pl.len().alias("judged")))
 
-# %% ../nbs/api/01_data.ipynb #cell-13
+# %% ../nbs/api/01_data.ipynb #cell-14
 def take_split(
     data: RelevanceData,
     name: str,   # 'train', 'validation' or 'test'
@@ -105,7 +107,7 @@ def take_split(
         raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
     return replace(data, judgments=data.judgments.filter(pl.col("split") == name))
 
-# %% ../nbs/api/01_data.ipynb #cell-15
+# %% ../nbs/api/01_data.ipynb #cell-16
 def query_ids(
     queries: pl.DataFrame,   # with columns query and locale
 ) -> pl.Series:              # 12 hex digits per row: SHA-1 of locale and text
@@ -117,22 +119,22 @@ def query_ids(
                                                     maintain_order="left")
     return joined["query_id"]
 
-# %% ../nbs/api/01_data.ipynb #cell-18
+# %% ../nbs/api/01_data.ipynb #cell-19
 class DataError(ValueError):
     "The data cannot be used as it is; the message names file, row and remedy."
 
-# %% ../nbs/api/01_data.ipynb #cell-20
+# %% ../nbs/api/01_data.ipynb #cell-21
 @dataclass(frozen=True)
 class Source:
     "What a frame is called where it came from."
-    files: tuple[str | Path, ...]                            # by the numbers in the frame's `file` column
+    files: tuple[str | Path, ...]                            # by the numbers in the frame's `_file` column
     columns: Mapping[str, str] = field(default_factory=dict)  # our column -> theirs, where they differ
     grades: Mapping[str, int] | None = None                  # label -> grade; None: grades are numbers already
     separator: str | None = None                             # of the fields, for text files that have lines
 
     def column(self, name: str) -> str: return self.columns.get(name, name)
 
-# %% ../nbs/api/01_data.ipynb #cell-22
+# %% ../nbs/api/01_data.ipynb #cell-23
 def line_of(
     path: str | Path,   # a CSV or TSV file
     row: int,           # data row, from 1; the header is not counted
@@ -141,22 +143,22 @@ def line_of(
     "The line on which a data row begins."
     with open(path, encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter=separator)
-        for _ in range(row): next(reader)
+        for _ in range(row): next(reader, None)
         return reader.line_num + 1
 
-# %% ../nbs/api/01_data.ipynb #cell-23
+# %% ../nbs/api/01_data.ipynb #cell-25
 def place(
     source: Source,
-    at: Mapping,   # a row of a frame, with its `row` and `file`
+    at: Mapping,   # a row of a frame, with its `_row` and `_file`
 ) -> str:          # such as 'judgments.csv, row 5 (line 6)'
     "Name a row of the source."
-    path = Path(source.files[at["file"]])
-    line = f" (line {line_of(path, at['row'], source.separator)})" if source.separator else ""
-    return f"{path.name}, row {at['row']}{line}"
+    path = Path(source.files[at["_file"]])
+    line = f" (line {line_of(path, at['_row'], source.separator)})" if source.separator else ""
+    return f"{path.name}, row {at['_row']}{line}"
 
-# %% ../nbs/api/01_data.ipynb #cell-24
+# %% ../nbs/api/01_data.ipynb #cell-27
 def refuse(
-    bad: pl.DataFrame,   # the rows at fault, with `row` and `file`
+    bad: pl.DataFrame,   # the rows at fault, with `_row` and `_file`
     source: Source,
     problem: str,        # what is wrong with the first of them
     remedy: str,
@@ -165,20 +167,24 @@ def refuse(
     many = f" ({bad.height} rows have this problem)" if bad.height > 1 else ""
     raise DataError(f"{place(source, bad.row(0, named=True))}: {problem}{many}. {remedy}")
 
-# %% ../nbs/api/01_data.ipynb #cell-26
+# %% ../nbs/api/01_data.ipynb #cell-29
 PROBLEMS = {    # check -> (problem with {column} and {value}, remedy)
     "not_nullable": ("{column} is empty", "Fill it in or remove the row"),
-    "field_uniqueness": ("{column} {value} stands on several rows", "Keep one row per product, or give variants ids of their own"),
-    "known label": ("{column} {value} is not a known label", "Known are {known}; correct the label or pass grades={{label: grade}}"),
+    "field_uniqueness": ("{column} {value} stands on several rows",
+                         "Keep one row for each, or give variants ids of their own"),
+    "known label": ("{column} {value} is not a known label",
+                    "Known are {known}; correct the label or pass grades={{label: grade}}"),
     "number": ("{column} {value} is not a number", "Write 0, 1 or 2, or pass grades={{label: grade}}"),
-    "whole": ("{column} {value} is not a whole number", "Write 0, 1 or 2; for averaged ratings see grades.from_average"),
-    "range": ("{column} {value} is outside 0 to 2", "Map the scale to 0, 1, 2, or pass grades={{label: grade}}; "
-                                                    "leave unjudged pairs out"),
+    "whole": ("{column} {value} is not a whole number",
+              "Write 0, 1 or 2; for averaged ratings see grades.from_average"),
+    "range": ("{column} {value} is outside 0 to 2",
+              "Map the scale to 0, 1, 2, or pass grades={{label: grade}}; leave unjudged pairs out"),
     "split": ("{column} {value} is unknown", "Write train, validation or test"),
-    "count": ("{column} {value} is not a whole number from 0 up", "Correct the count or remove the row"),
+    "count": ("{column} {value} is not a whole number from 0 up",
+              "Correct the count or remove the row"),
 }
 
-# %% ../nbs/api/01_data.ipynb #cell-27
+# %% ../nbs/api/01_data.ipynb #cell-31
 def text_check(
     name: str,        # a key of PROBLEMS
     condition,        # polars expression -> polars expression that is true where the value is right
@@ -192,14 +198,14 @@ def as_number(column: pl.Expr) -> pl.Expr:
     number = column.cast(pl.Float64, strict=False)
     return pl.when(number.is_finite()).then(number)
 
-# %% ../nbs/api/01_data.ipynb #cell-29
+# %% ../nbs/api/01_data.ipynb #cell-33
 PRODUCT_SCHEMA = pa.DataFrameSchema({
     "product_id": pa.Column(pl.String, unique=True),
     "title": pa.Column(pl.String),
     **{name: pa.Column(pl.String, nullable=True) for name in PRODUCT_COLUMNS[2:]},
 })
 
-# %% ../nbs/api/01_data.ipynb #cell-31
+# %% ../nbs/api/01_data.ipynb #cell-35
 def grade_checks(
     grades: Mapping[str, int] | None,   # label -> grade, or None for numbers
 ) -> list[pa.Check]:
@@ -210,7 +216,7 @@ def grade_checks(
             text_check("whole", lambda c: as_number(c) == as_number(c).round()),
             text_check("range", lambda c: as_number(c).is_between(min(Grade), max(Grade)))]
 
-# %% ../nbs/api/01_data.ipynb #cell-32
+# %% ../nbs/api/01_data.ipynb #cell-37
 def judgment_schema(
     grades: Mapping[str, int] | None = None,   # label -> grade, or None for numbers
     has_split: bool = True,                    # whether the source brings a split of its own
@@ -223,16 +229,21 @@ def judgment_schema(
         "split": pa.Column(pl.String, text_check("split", lambda c: c.is_in(SPLITS)), nullable=not has_split),
     })
 
-# %% ../nbs/api/01_data.ipynb #cell-34
+# %% ../nbs/api/01_data.ipynb #cell-39
+def is_count(column: pl.Expr) -> pl.Expr:
+    "True where the text is a whole number, not negative."
+    number = as_number(column)
+    return number.is_not_null() & (number >= 0) & (number == number.round())
+
+
 ENGAGEMENT_SCHEMA = pa.DataFrameSchema({
     "query": pa.Column(pl.String), "product_id": pa.Column(pl.String),
-    **{name: pa.Column(pl.String, text_check("count", lambda c: (as_number(c) >= 0) & (as_number(c) == as_number(c).round())
-                                             & as_number(c).is_not_null())) for name in COUNTS},
+    **{name: pa.Column(pl.String, text_check("count", is_count)) for name in COUNTS},
 })
 
-# %% ../nbs/api/01_data.ipynb #cell-36
+# %% ../nbs/api/01_data.ipynb #cell-41
 def check(
-    frame: pl.DataFrame,            # with `row` and `file`
+    frame: pl.DataFrame,            # with `_row` and `_file`
     schema: pa.DataFrameSchema,
     source: Source,
 ) -> None:
@@ -249,10 +260,11 @@ def explain(frame: pl.DataFrame, schema: pa.DataFrameSchema, source: Source, fai
     rows = failures.filter((pl.col("column") == first[0]) & (pl.col("check") == first[1]))["index"].sort()
     bad = frame[rows.to_list()]
     problem, remedy = PROBLEMS[first[1]]
-    words = dict(column=source.column(first[0]), value=repr(bad[first[0]][0])[:80], known=", ".join(map(repr, source.grades or ())))
+    words = dict(column=source.column(first[0]), value=repr(bad[first[0]][0])[:80],
+                 known=", ".join(map(repr, source.grades or ())))
     refuse(bad, source, problem.format(**words), remedy.format(**words))
 
-# %% ../nbs/api/01_data.ipynb #cell-38
+# %% ../nbs/api/01_data.ipynb #cell-43
 def need_columns(
     found: Iterable[str],      # the columns that are there
     needed: Iterable[str],     # those that must be, in the source's own words
@@ -264,27 +276,28 @@ def need_columns(
         if name in found: continue
         close = difflib.get_close_matches(name, found, n=1)
         hint = f" Is {close[0]!r} meant? Rename it" if close else " Add it"
-        raise DataError(f"{Path(path).name}: column {name!r} is missing; the file has {', '.join(map(repr, found)) or 'none'}.{hint}.")
+        has = ", ".join(map(repr, found)) or "none"
+        raise DataError(f"{Path(path).name}: column {name!r} is missing; the file has {has}.{hint}.")
 
-# %% ../nbs/api/01_data.ipynb #cell-41
+# %% ../nbs/api/01_data.ipynb #cell-46
 def tidy(
-    frame: pl.DataFrame,             # as read, perhaps with `row` and `file`
+    frame: pl.DataFrame,             # as read, perhaps with `_row` and `_file`
     source: Source,
     required: Sequence[str],         # our names
     optional: Sequence[str] = (),    # our names; null where the source has none
-) -> pl.DataFrame:                   # required and optional columns as trimmed text, then row and file
+) -> pl.DataFrame:                   # required and optional columns as trimmed text, then _row and _file
     "Rename, trim and complete the columns of a frame that came in."
     need_columns(frame.columns, map(source.column, required), source.files[0])
-    if "row" not in frame.columns: frame = frame.with_row_index("row", offset=1)
-    if "file" not in frame.columns: frame = frame.with_columns(file=pl.lit(0))
+    if "_row" not in frame.columns: frame = frame.with_row_index("_row", offset=1)
+    if "_file" not in frame.columns: frame = frame.with_columns(_file=pl.lit(0))
     def trimmed(name):
         theirs = source.column(name)
         if theirs not in frame.columns: return pl.lit(None, pl.String).alias(name)
         text = pl.col(theirs).cast(pl.String).str.strip_chars()
         return pl.when(text != "").then(text).alias(name)
-    return frame.select(*map(trimmed, [*required, *optional]), "row", "file")
+    return frame.select(*map(trimmed, [*required, *optional]), "_row", "_file")
 
-# %% ../nbs/api/01_data.ipynb #cell-43
+# %% ../nbs/api/01_data.ipynb #cell-48
 @lru_cache(maxsize=None)
 def plain(
     char: str,   # one character
@@ -300,7 +313,17 @@ def normalise_query(
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(map(plain, folded)).split()) or " ".join(folded.split())
 
-# %% ../nbs/api/01_data.ipynb #cell-46
+# %% ../nbs/api/01_data.ipynb #cell-50
+def distinct(
+    queries: Iterable[str],   # as typed
+) -> tuple[list[str], np.ndarray]:   # sorted distinct normal forms; each query's place among them
+    "The distinct normal forms, in an order that does not depend on the rows."
+    forms = [normalise_query(query) for query in queries]
+    texts = sorted(set(forms))
+    number = {text: at for at, text in enumerate(texts)}
+    return texts, np.array([number[form] for form in forms], dtype=int)
+
+# %% ../nbs/api/01_data.ipynb #cell-53
 NEAR = 0.8    # Jaccard overlap of letter triples from which two queries count as near-duplicates
 
 
@@ -308,14 +331,16 @@ def letter_triples(
     texts: Sequence[str],   # normalised queries
 ) -> csr_matrix:            # [queries, triples], 0/1; the rarest triples have the lowest column numbers
     "Which letter triples each query has."
-    counts = CountVectorizer(analyzer="char_wb", ngram_range=(3, 3), binary=True, lowercase=False, dtype=np.int32).fit_transform(texts)
+    counts = CountVectorizer(analyzer="char_wb", ngram_range=(3, 3), binary=True, lowercase=False,
+                             dtype=np.int32).fit_transform(texts)
+    queries_with = np.bincount(counts.indices, minlength=counts.shape[1])
     by_rarity = np.empty(counts.shape[1], np.int32)
-    by_rarity[np.argsort(np.bincount(counts.indices, minlength=counts.shape[1]), kind="stable")] = np.arange(counts.shape[1])
+    by_rarity[np.argsort(queries_with, kind="stable")] = np.arange(counts.shape[1])
     sets = csr_matrix((counts.data, by_rarity[counts.indices], counts.indptr), shape=counts.shape)
     sets.sort_indices()
     return sets
 
-# %% ../nbs/api/01_data.ipynb #cell-48
+# %% ../nbs/api/01_data.ipynb #cell-55
 def rarest(
     sets: csr_matrix,   # [queries, triples] with the rarest first in each row
 ) -> csr_matrix:        # the same, with only the triples that a near-duplicate must share one of
@@ -327,7 +352,7 @@ def rarest(
     starts = np.concatenate([[0], np.cumsum(np.minimum(keep, size))])
     return csr_matrix((sets.data[kept], sets.indices[kept], starts), shape=sets.shape)
 
-# %% ../nbs/api/01_data.ipynb #cell-49
+# %% ../nbs/api/01_data.ipynb #cell-57
 def jaccard(
     sets: csr_matrix,   # [queries, triples]
     left: np.ndarray,   # row numbers
@@ -340,7 +365,7 @@ def jaccard(
     size = np.diff(sets.indptr)
     return shared / (size[left] + size[right] - shared)
 
-# %% ../nbs/api/01_data.ipynb #cell-50
+# %% ../nbs/api/01_data.ipynb #cell-59
 def near_pairs(
     texts: Sequence[str],   # distinct normalised queries
     block: int = 5_000,     # rows compared at a time
@@ -354,23 +379,24 @@ def near_pairs(
     for start in range(0, len(texts), block):
         meet = (prefix[start:start + block] @ columns).tocoo()
         left, right = meet.row + start, meet.col
-        alike = (left < right) & (np.minimum(size[left], size[right]) >= NEAR * np.maximum(size[left], size[right]) - 1e-9)
+        ratio = np.minimum(size[left], size[right]) / np.maximum(size[left], size[right])    # bounds the overlap
+        alike = (left < right) & (ratio >= NEAR - 1e-9)
         left, right = left[alike], right[alike]
         close = jaccard(sets, left, right) >= NEAR - 1e-9
         found.append(np.stack([left[close], right[close]], axis=1))
     return np.concatenate(found)
 
-# %% ../nbs/api/01_data.ipynb #cell-53
+# %% ../nbs/api/01_data.ipynb #cell-62
 def query_groups(
     queries: Iterable[str],   # as typed
 ) -> np.ndarray:              # a group number per query
     "Number the groups of queries that are the same or near-duplicates, directly or through others."
-    texts, which = np.unique([normalise_query(query) for query in queries], return_inverse=True)
-    pairs = near_pairs(texts.tolist())
+    texts, which = distinct(queries)
+    pairs = near_pairs(texts)
     links = csr_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(texts), len(texts)))
     return connected_components(links, directed=False)[1][which]
 
-# %% ../nbs/api/01_data.ipynb #cell-56
+# %% ../nbs/api/01_data.ipynb #cell-65
 def order_groups(
     queries: pl.DataFrame,   # query, locale, judged
     groups: np.ndarray,      # each query's group
@@ -383,7 +409,7 @@ def order_groups(
     draw = [hashlib.sha1(f"{seed}\t{text}".encode()).hexdigest() for text in strata["text"]]
     return strata.with_columns(draw=pl.Series(draw)).sort("listed", "locale", "draw")["group"].to_numpy()
 
-# %% ../nbs/api/01_data.ipynb #cell-57
+# %% ../nbs/api/01_data.ipynb #cell-67
 def split_queries(
     queries: pl.DataFrame,       # query, locale, judged: one row per query
     share: float = 0.15,         # of the groups that are left, for each side in turn
@@ -402,22 +428,24 @@ def split_queries(
         left = np.delete(left, chosen)
     return pl.Series("split", side_of[groups].tolist(), dtype=pl.String)
 
-# %% ../nbs/api/01_data.ipynb #cell-60
-def leaking(
-    queries: pl.DataFrame,   # query, split
-    side: str,               # the side that would have to give way
-    kept: Sequence[str],     # the sides it must not repeat
-) -> np.ndarray:             # true for each query of `side` that repeats one of `kept`
-    "Find the queries of one side that are near-duplicates of another side's."
-    texts, which = np.unique([normalise_query(query) for query in queries["query"]], return_inverse=True)
+# %% ../nbs/api/01_data.ipynb #cell-70
+def find_leaks(
+    queries: pl.DataFrame,   # query, split: one row per query
+) -> np.ndarray:             # true for each query that repeats one of a side that must stay unseen
+    "Find validation and training queries that give away a query of a later side."
+    texts, which = distinct(queries["query"])
+    pairs, leaks = near_pairs(texts), np.zeros(len(which), bool)
     protected = np.zeros(len(texts), bool)
-    protected[which[queries["split"].is_in(kept).to_numpy()]] = True
-    pairs, near = near_pairs(texts.tolist()), protected.copy()
-    near[pairs[:, 0]] |= protected[pairs[:, 1]]
-    near[pairs[:, 1]] |= protected[pairs[:, 0]]
-    return near[which] & (queries["split"] == side).to_numpy()
+    for kept, side in (("test", "validation"), ("validation", "train")):
+        stays = (queries["split"] == kept).to_numpy() & ~leaks
+        protected[which[stays]] = True
+        near = protected.copy()
+        near[pairs[protected[pairs[:, 1]], 0]] = True
+        near[pairs[protected[pairs[:, 0]], 1]] = True
+        leaks |= near[which] & (queries["split"] == side).to_numpy()
+    return leaks
 
-# %% ../nbs/api/01_data.ipynb #cell-62
+# %% ../nbs/api/01_data.ipynb #cell-73
 def checked_products(
     products: pl.DataFrame,   # as read
     source: Source,
@@ -427,7 +455,7 @@ def checked_products(
     check(products, PRODUCT_SCHEMA, source)
     return products.select(PRODUCT_COLUMNS).with_columns(pl.col("category").str.replace_all(r"\s*>\s*", " > "))
 
-# %% ../nbs/api/01_data.ipynb #cell-64
+# %% ../nbs/api/01_data.ipynb #cell-75
 def check_known(
     frame: pl.DataFrame,       # judgments or engagement, with product_id
     products: pl.DataFrame,
@@ -439,26 +467,26 @@ def check_known(
         refuse(unknown, source, f"{source.column('product_id')} {unknown['product_id'][0]!r} is not among the products",
                "Add the product or remove the row; ids are compared as text, so '007' is not '7'")
 
-# %% ../nbs/api/01_data.ipynb #cell-66
+# %% ../nbs/api/01_data.ipynb #cell-77
 def check_split(
-    judgments: pl.DataFrame,   # query, locale, split, row, file
+    judgments: pl.DataFrame,   # query, locale, split, _row, _file
     source: Source,
     published: bool = False,   # compare the strings themselves, not their normal forms
 ) -> None:
     "Raise if a query stands in more than one split of its locale."
     sides = judgments.unique(["query", "locale", "split"], keep="first", maintain_order=True)
-    key = sides["query"] if published else pl.Series([normalise_query(query) for query in sides["query"]], dtype=pl.String)
-    sides = sides.with_columns(key=key)
-    first = sides.group_by("key", "locale", maintain_order=True).agg(pl.col("split", "row", "file").first())
+    form = str if published else normalise_query
+    sides = sides.with_columns(key=pl.Series(list(map(form, sides["query"])), dtype=pl.String))
+    first = sides.group_by("key", "locale", maintain_order=True).agg(pl.col("split", "_row", "_file").first())
     shared = sides.join(first, on=["key", "locale"], nulls_equal=True, suffix="_first", maintain_order="left")
     shared = shared.filter(pl.col("split") != pl.col("split_first"))
     if not shared.height: return
     row = shared.row(0, named=True)
-    other = place(source, {"row": row["row_first"], "file": row["file_first"]})
+    other = place(source, {"_row": row["_row_first"], "_file": row["_file_first"]})
     refuse(shared, source, f"query {row['query']!r} is in {row['split']} here and in {row['split_first']} at {other}",
            "Put each query on one side only, or leave the split out to have one made")
 
-# %% ../nbs/api/01_data.ipynb #cell-68
+# %% ../nbs/api/01_data.ipynb #cell-79
 def checked_judgments(
     judgments: pl.DataFrame,   # as read
     products: pl.DataFrame,
@@ -474,7 +502,7 @@ def checked_judgments(
     grade = as_number(pl.col("grade")) if source.grades is None else pl.col("grade").replace_strict(source.grades)
     return frame.with_columns(grade.cast(pl.Int8), query_id=query_ids(frame)).select(*JUDGMENT_COLUMNS, "rater")
 
-# %% ../nbs/api/01_data.ipynb #cell-70
+# %% ../nbs/api/01_data.ipynb #cell-81
 def agree(
     judgments: pl.DataFrame,   # JUDGMENT_COLUMNS and rater
 ) -> tuple[pl.DataFrame, pl.DataFrame | None, list[Note]]:   # consensus, ratings (None if no pair has several), notes
@@ -484,26 +512,24 @@ def agree(
         pl.len().alias("raters"), (pl.col("grade").n_unique() > 1).alias("differ"))
     several, differ = (pairs["raters"] > 1).sum(), int(pairs["differ"].sum())
     if not several: return pairs.select(JUDGMENT_COLUMNS), None, []
-    note = Note("pairs were judged more than once", several, f"{differ} of them with different grades; the grade is the median, "
-                "ties down, and every rating is kept in .ratings")
+    note = Note("pairs were judged more than once", several, f"{differ} of them with different grades; the grade is "
+                "their median, ties down, and every rating is kept in .ratings")
     return pairs.select(JUDGMENT_COLUMNS), judgments.drop("split"), [note]
 
-# %% ../nbs/api/01_data.ipynb #cell-72
+# %% ../nbs/api/01_data.ipynb #cell-83
 def drop_leaks(
     judgments: pl.DataFrame,   # JUDGMENT_COLUMNS, with a split
 ) -> tuple[pl.DataFrame, list[Note]]:
     "Remove queries that nearly repeat one of a side that must stay unseen."
-    notes = []
-    for side, kept in (("validation", ["test"]), ("train", ["validation", "test"])):
-        queries = queries_of(judgments)
-        leaks = queries.filter(pl.Series(leaking(queries, side, kept)))
-        if not leaks.height: continue
-        judgments = judgments.join(leaks, on="query_id", how="anti", maintain_order="left")
-        notes.append(Note(f"{side} queries dropped", leaks.height,
-                          f"near-duplicates of {' or '.join(kept)} queries; {leaks['judged'].sum()} judgments went with them"))
-    return judgments, notes
+    queries = queries_of(judgments)
+    leaks = queries.filter(pl.Series(find_leaks(queries), dtype=pl.Boolean))
+    notes = [Note(f"{side} queries dropped", part.height,
+                  f"near-duplicates of {kept} queries; {part['judged'].sum()} judgments went with them")
+             for side, kept in (("validation", "test"), ("train", "validation or test"))
+             if (part := leaks.filter(split=side)).height]
+    return judgments.join(leaks, on="query_id", how="anti", maintain_order="left"), notes
 
-# %% ../nbs/api/01_data.ipynb #cell-73
+# %% ../nbs/api/01_data.ipynb #cell-85
 def cut_sides(
     judgments: pl.DataFrame,   # JUDGMENT_COLUMNS, with a split
     sides: Sequence[str],      # those to cut from train
@@ -515,7 +541,7 @@ def cut_sides(
     return (judgments.join(drawn, on="query_id", how="left", maintain_order="left")
             .with_columns(split=pl.coalesce("drawn", "split")).drop("drawn"))
 
-# %% ../nbs/api/01_data.ipynb #cell-74
+# %% ../nbs/api/01_data.ipynb #cell-87
 def settle_split(
     judgments: pl.DataFrame,   # JUDGMENT_COLUMNS; split is null throughout where the source has none
     seed: int,
@@ -534,7 +560,7 @@ def settle_split(
     return judgments, [*notes, Note(f"queries moved from train to {' and '.join(missing)}", cut,
                                     f"{why}; drawn by near-duplicate group, list length and locale, seed {seed}")]
 
-# %% ../nbs/api/01_data.ipynb #cell-76
+# %% ../nbs/api/01_data.ipynb #cell-89
 def checked_engagement(
     engagement: pl.DataFrame,   # as read
     products: pl.DataFrame,
@@ -545,16 +571,17 @@ def checked_engagement(
     frame = tidy(engagement, source, ("query", "product_id", *COUNTS), ("position", "locale"))
     check(frame, ENGAGEMENT_SCHEMA, source)
     check_known(frame, products, source)
-    frame = frame.with_columns(as_number(pl.col(*COUNTS, "position")).cast(pl.Int64))
+    frame = frame.with_columns(as_number(pl.col(name)).cast(pl.Int64) for name in (*COUNTS, "position"))
     more = frame.filter(pl.col("clicks") > pl.col("impressions"))
     if more.height:
-        refuse(more, source, f"clicks {more['clicks'][0]} exceed impressions {more['impressions'][0]}", "Correct the counts")
-    known = queries_of(judgments).group_by("query").agg(pl.col("locale").first().alias("judged_in"), pl.len()).filter(pl.col("len") == 1)
-    frame = (frame.join(known, on="query", how="left", maintain_order="left")
+        refuse(more, source, f"clicks {more['clicks'][0]} exceed impressions {more['impressions'][0]}",
+               "Correct the counts")
+    locales = queries_of(judgments).group_by("query").agg(pl.col("locale").first().alias("judged_in"), pl.len())
+    frame = (frame.join(locales.filter(pl.col("len") == 1), on="query", how="left", maintain_order="left")
              .with_columns(locale=pl.coalesce("locale", "judged_in")))
-    return frame.with_columns(query_id=query_ids(frame)).select("query_id", "query", "product_id", *COUNTS, "position", "locale")
+    return frame.select(query_ids(frame), "query", "product_id", *COUNTS, "position", "locale")
 
-# %% ../nbs/api/01_data.ipynb #cell-78
+# %% ../nbs/api/01_data.ipynb #cell-91
 def crossing(
     judgments: pl.DataFrame,
     products: pl.DataFrame,
@@ -562,14 +589,15 @@ def crossing(
     "Note the judgments whose product belongs to another locale than their query."
     known = judgments.join(products.select("product_id", other="locale"), on="product_id", how="left")
     count = known.filter(pl.col("locale") != pl.col("other")).height
-    return [Note("judgments cross locales", count, "a search goes through the products of its own locale and cannot find these")] if count else []
+    if not count: return []
+    return [Note("judgments cross locales", count, "a search goes through its own locale, not to these products")]
 
-# %% ../nbs/api/01_data.ipynb #cell-79
+# %% ../nbs/api/01_data.ipynb #cell-93
 def make_data(
     products: pl.DataFrame,                     # product_id, title, and if known category, brand, description, locale
     judgments: pl.DataFrame,                    # query, product_id, grade, and if known locale, rater, split
     *,
-    engagement: pl.DataFrame | None = None,     # query, product_id, impressions, clicks, add_to_carts, purchases, if known position
+    engagement: pl.DataFrame | None = None,     # query, product_id, the four counts, and if known position, locale
     name: str = "data",                         # shown in reports
     seed: int = 0,                              # of a split that has to be made
     where: Mapping[str, Source] | None = None,  # what errors call the frames: keys products, judgments, engagement
@@ -586,7 +614,7 @@ def make_data(
     notes = (*notes, *rated, *moved, *crossing(judgments, products))
     return RelevanceData(products, judgments, ratings, engagement, name, notes)
 
-# %% ../nbs/api/01_data.ipynb #cell-85
+# %% ../nbs/api/01_data.ipynb #cell-99
 def utf8(
     path: Path,
 ) -> bytes:    # the file's content
@@ -600,16 +628,17 @@ def utf8(
                         "Save the file as UTF-8 (spreadsheets call it 'CSV UTF-8')") from None
     return content
 
-# %% ../nbs/api/01_data.ipynb #cell-86
+# %% ../nbs/api/01_data.ipynb #cell-101
 def read_csv(
     path: Path,
     separator: str = ",",
-) -> pl.DataFrame:    # all columns as text, and `row` counted from 1
+) -> pl.DataFrame:    # all columns as text, and `_row` counted from 1
     "Read a CSV or TSV file; blank lines are skipped but counted."
     content = utf8(path)
     try: frame = pl.read_csv(content, infer_schema=False, separator=separator)
-    except pl.exceptions.PolarsError as error: raise DataError(ragged(path, separator) or f"{path.name} cannot be read: {error}") from None
-    return frame.with_row_index("row", offset=1).filter(~pl.all_horizontal(pl.exclude("row").is_null()))
+    except pl.exceptions.PolarsError as error:
+        raise DataError(ragged(path, separator) or f"{path.name} cannot be read: {error}") from None
+    return frame.with_row_index("_row", offset=1).filter(~pl.all_horizontal(pl.exclude("_row").is_null()))
 
 
 def ragged(path: Path, separator: str) -> str:
@@ -623,17 +652,18 @@ def ragged(path: Path, separator: str) -> str:
                         "Put quotes around text that contains the separator")
     return ""
 
-# %% ../nbs/api/01_data.ipynb #cell-88
+# %% ../nbs/api/01_data.ipynb #cell-103
 def read_jsonl(
     path: Path,
     columns: Sequence[str],   # keys to take, as text
-) -> pl.DataFrame:            # those of them that are there, and `row` counted from 1
+) -> pl.DataFrame:            # those of them that are there, and `_row` counted from 1
     "Read one JSON object per line."
     content = utf8(path)
     try: frame = pl.read_ndjson(content, schema={name: pl.String for name in columns})
-    except pl.exceptions.PolarsError as error: raise DataError(broken_line(path, content) or f"{path.name}: {error}") from None
+    except pl.exceptions.PolarsError as error:
+        raise DataError(broken_line(path, content) or f"{path.name} cannot be read: {error}") from None
     there = [name for name in columns if frame[name].is_not_null().any()]
-    return frame.select(there).with_row_index("row", offset=1)
+    return frame.select(there).with_row_index("_row", offset=1)
 
 
 def broken_line(path: Path, content: bytes) -> str:
@@ -643,46 +673,49 @@ def broken_line(path: Path, content: bytes) -> str:
         except ValueError: return f"{path.name}, line {number}: this is not a JSON object. Correct or remove the line"
     return ""
 
-# %% ../nbs/api/01_data.ipynb #cell-90
+# %% ../nbs/api/01_data.ipynb #cell-105
 def read_parquet(
     path: Path,
     needed: Sequence[str],    # columns that must be there
     wanted: Sequence[str],    # all columns to take, where they are there
-) -> pl.DataFrame:            # these columns, and `row` counted from 1
+) -> pl.DataFrame:            # these columns, and `_row` counted from 1
     "Read the wanted columns of a Parquet file."
     try: schema = pl.read_parquet_schema(path)
-    except (pl.exceptions.PolarsError, OSError): raise DataError(f"{path.name} is not a readable Parquet file. Write it again") from None
+    except (pl.exceptions.PolarsError, OSError):
+        raise DataError(f"{path.name} is not a readable Parquet file. Write it again") from None
     need_columns(schema, needed, path)
     for name in wanted:
         if name in schema and schema[name].is_nested():
-            raise DataError(f"{path.name}: column {name!r} holds {schema[name]} where text is expected. Join it into one string per row")
-    return pl.read_parquet(path, columns=[name for name in schema if name in wanted]).with_row_index("row", offset=1)
+            raise DataError(f"{path.name}: column {name!r} holds {schema[name]} where text is expected. "
+                            "Join it into one string per row")
+    return pl.read_parquet(path, columns=[name for name in schema if name in wanted]).with_row_index("_row", offset=1)
 
-# %% ../nbs/api/01_data.ipynb #cell-91
+# %% ../nbs/api/01_data.ipynb #cell-107
 def read_table(
     source: Source,
     required: Sequence[str],        # our names of the columns that must be there
     optional: Sequence[str] = (),   # our names of those taken where they are there
     file: int = 0,                  # which of the source's files
-) -> pl.DataFrame:                  # the file's columns in its own words, with `row` and `file`
+) -> pl.DataFrame:                  # the file's columns in its own words, with `_row` and `_file`
     "Read one file of a source by its suffix."
     path = Path(source.files[file])
     needed, wanted = list(map(source.column, required)), list(map(source.column, [*required, *optional]))
     if path.suffix == ".parquet": frame = read_parquet(path, needed, wanted)
     elif path.suffix == ".jsonl": frame = read_jsonl(path, wanted)
     else: frame = read_csv(path, source.separator)
-    need_columns([name for name in frame.columns if name != "row"], needed, path)
+    need_columns([name for name in frame.columns if name != "_row"], needed, path)
     if not frame.height: raise DataError(f"{path.name} has no rows. Export it again")
-    return frame.with_columns(file=pl.lit(file))
+    return frame.with_columns(_file=pl.lit(file))
 
-# %% ../nbs/api/01_data.ipynb #cell-93
+# %% ../nbs/api/01_data.ipynb #cell-109
 def one_of(
     folder: Path,
     stem: str,   # 'products', 'judgments' or 'engagement'
 ) -> Path | None:   # None where there is neither
     "The CSV or Parquet file of that name; both at once are ambiguous."
     there = [path for path in (folder / f"{stem}.parquet", folder / f"{stem}.csv") if path.exists()]
-    if len(there) > 1: raise DataError(f"{folder.name} has both {there[0].name} and {there[1].name}. Remove one of them")
+    if len(there) > 1:
+        raise DataError(f"{folder.name} has both {there[0].name} and {there[1].name}. Remove one of them")
     return there[0] if there else None
 
 
@@ -690,7 +723,7 @@ def file_source(path: Path, columns: Mapping[str, str] | None = None, **kw) -> S
     "The source of a single file, by its suffix."
     return Source((path,), columns or {}, separator={".csv": ",", ".tsv": "\t"}.get(path.suffix), **kw)
 
-# %% ../nbs/api/01_data.ipynb #cell-94
+# %% ../nbs/api/01_data.ipynb #cell-111
 def read_own(
     folder: Path,
     seed: int,
@@ -698,7 +731,8 @@ def read_own(
 ) -> RelevanceData:
     "Read the own-data layout."
     if (folder / SAVED).exists(): return load_saved(folder)
-    where = {stem: file_source(path) for stem in ("products", "judgments", "engagement") if (path := one_of(folder, stem))}
+    paths = {stem: one_of(folder, stem) for stem in ("products", "judgments", "engagement")}
+    where = {stem: file_source(path) for stem, path in paths.items() if path}
     where["judgments"] = replace(where["judgments"], grades=grades)
     products = read_table(where["products"], PRODUCT_COLUMNS[:2], PRODUCT_COLUMNS[2:])
     judgments = read_table(where["judgments"], ("query", "product_id", "grade"), ("locale", "split", "rater"))
@@ -707,7 +741,16 @@ def read_own(
         engagement = read_table(where["engagement"], ("query", "product_id", *COUNTS), ("position", "locale"))
     return make_data(products, judgments, engagement=engagement, name=folder.name, seed=seed, where=where)
 
-# %% ../nbs/api/01_data.ipynb #cell-96
+# %% ../nbs/api/01_data.ipynb #cell-113
+def first_known(
+    frame: pl.DataFrame,
+    *columns: str,   # text columns, in order of preference; they may be missing
+) -> pl.Expr:        # null where none of them says anything
+    "The first of these columns that holds text, row by row."
+    there = [pl.when(pl.col(name).str.strip_chars() != "").then(name) for name in columns if name in frame.columns]
+    return pl.coalesce(there) if there else pl.lit(None, pl.String)
+
+# %% ../nbs/api/01_data.ipynb #cell-115
 ESCI_FILES = ("shopping_queries_dataset_examples.parquet", "shopping_queries_dataset_products.parquet")
 ESCI_PRODUCT = dict(product_id="product_id", title="product_title", category="product_category", brand="product_brand",
                     description="product_description", locale="product_locale")
@@ -719,15 +762,17 @@ def tell_apart(
     judgments: pl.DataFrame,  # product_id, product_locale
 ) -> tuple[pl.DataFrame, pl.DataFrame, list[Note]]:
     "Make an id that stands in several locales into id@locale, in both frames."
-    shared = (products.select("product_id", "product_locale").unique().group_by("product_id").len().filter(pl.col("len") > 1))
+    shared = (products.select("product_id", "product_locale").unique()
+              .group_by("product_id").len().filter(pl.col("len") > 1))
     if not shared.height: return products, judgments, []
     def renamed(frame):
         own = pl.when(pl.col("product_id").is_in(shared["product_id"].implode())).then(
             pl.concat_str("product_id", "product_locale", separator="@")).otherwise("product_id")
         return frame.with_columns(product_id=own)
-    return renamed(products), renamed(judgments), [Note("product ids became id@locale", shared.height, "one id stands for products of several locales")]
+    note = Note("product ids became id@locale", shared.height, "one id stands for products of several locales")
+    return renamed(products), renamed(judgments), [note]
 
-# %% ../nbs/api/01_data.ipynb #cell-97
+# %% ../nbs/api/01_data.ipynb #cell-117
 def read_esci(
     folder: Path,
     seed: int,
@@ -739,17 +784,17 @@ def read_esci(
     products = read_table(replace(where["products"], columns=ESCI_PRODUCT | {"bullets": "product_bullet_point"}),
                           ("product_id", "title", "locale"), ("category", "brand", "description", "bullets"))
     judgments = read_table(where["judgments"], ("query", "product_id", "grade", "locale", "split"))
-    said = [pl.col(name) for name in ("product_description", "product_bullet_point") if name in products.columns]
-    if said: products = products.with_columns(product_description=pl.coalesce(said))
+    said = first_known(products, "product_description", "product_bullet_point")
+    products = products.with_columns(product_description=said)
     products, judgments, notes = tell_apart(products, judgments)
     return make_data(products, judgments, name=folder.name, seed=seed, where=where, published=True, notes=notes)
 
-# %% ../nbs/api/01_data.ipynb #cell-99
+# %% ../nbs/api/01_data.ipynb #cell-119
 QUERY_SCHEMA = pa.DataFrameSchema({"query_id": pa.Column(pl.String, unique=True), "query": pa.Column(pl.String)})
 
 
 def with_queries(
-    judgments: pl.DataFrame,   # as read, with row and file
+    judgments: pl.DataFrame,   # as read, with _row and _file
     source: Source,            # of the judgments; its column query_id names the key there
     queries: Source,           # a file with query_id and query
 ) -> pl.DataFrame:             # judgments with a column `query`
@@ -761,11 +806,16 @@ def with_queries(
               .join(texts.select(pl.col("query_id").alias(key), "query"), on=key, how="left", maintain_order="left"))
     lost = joined.filter(pl.col("query").is_null())
     if lost.height:
-        refuse(lost, source, f"{key} {lost[key][0]!r} is not in {Path(queries.files[0]).name}", "Add the query or remove the judgment")
+        refuse(lost, source, f"{key} {lost[key][0]!r} is not in {Path(queries.files[0]).name}",
+               "Add the query or remove the judgment")
     return joined
 
-# %% ../nbs/api/01_data.ipynb #cell-100
-WANDS_FILES = ("product.csv", "query.csv", "label.csv")    # separated by tabs, despite their names
+# %% ../nbs/api/01_data.ipynb #cell-121
+WANDS_FILES = {    # separated by tabs, despite their names; our columns -> theirs
+    "product.csv": dict(title="product_name", category="category hierarchy", description="product_description"),
+    "query.csv": {},
+    "label.csv": dict(grade="label"),
+}
 
 
 def read_wands(
@@ -774,16 +824,16 @@ def read_wands(
     grades: Mapping[str, int] | None,   # label -> grade; Exact=2, Partial=1, Irrelevant=0 unless given
 ) -> RelevanceData:
     "Read the Wayfair Annotation Dataset as published."
-    tabs = dict(separator="\t")
-    product = Source((folder / WANDS_FILES[0],), dict(title="product_name", category="category hierarchy", description="product_description"), **tabs)
-    label = Source((folder / WANDS_FILES[2],), dict(grade="label"), grades=grades or WANDS_GRADES, **tabs)
+    product, query, label = (Source((folder / name,), columns, separator="\t") for name, columns in WANDS_FILES.items())
+    label = replace(label, grades=grades or WANDS_GRADES)
     products = read_table(product, ("product_id", "title"))
-    paths = [pl.col(name).str.replace_all(" / ", " > ", literal=True) for name in ("category hierarchy", "product_class") if name in products.columns]
-    if paths: products = products.with_columns(pl.coalesce(paths).alias("category hierarchy"))
-    judgments = with_queries(read_table(label, ("query_id", "product_id", "grade")), label, Source((folder / WANDS_FILES[1],), **tabs))
-    return make_data(products, judgments, name=folder.name, seed=seed, where=dict(products=product, judgments=label), published=True)
+    path = first_known(products, "category hierarchy", "product_class").str.replace_all(" / ", " > ", literal=True)
+    products = products.with_columns(path.alias("category hierarchy"))
+    judgments = with_queries(read_table(label, ("query_id", "product_id", "grade")), label, query)
+    return make_data(products, judgments, name=folder.name, seed=seed, where=dict(products=product, judgments=label),
+                     published=True)
 
-# %% ../nbs/api/01_data.ipynb #cell-102
+# %% ../nbs/api/01_data.ipynb #cell-123
 BEIR_SPLITS = dict(train="train", dev="validation", test="test")
 
 
@@ -791,8 +841,8 @@ def read_qrels(
     source: Source,   # of all qrels files
 ) -> pl.DataFrame:    # their rows, with a column split
     "Read all qrels files, each with the split that its name says."
-    parts = [read_table(source, ("query_id", "product_id", "grade"), file=number).with_columns(split=pl.lit(BEIR_SPLITS[path.stem]))
-             for number, path in enumerate(source.files)]
+    parts = [read_table(source, ("query_id", "product_id", "grade"), file=number)
+             .with_columns(split=pl.lit(BEIR_SPLITS[path.stem])) for number, path in enumerate(source.files)]
     return pl.concat(parts, how="diagonal")
 
 
@@ -800,7 +850,7 @@ def binary_grades(scores: pl.Series) -> dict[str, int] | None:
     "The map of scores that are only 0 and 1; None for graded ones."
     return {"0": 0, "1": 2} if set(scores.unique()) <= {"0", "1"} else None
 
-# %% ../nbs/api/01_data.ipynb #cell-103
+# %% ../nbs/api/01_data.ipynb #cell-125
 def read_beir(
     folder: Path,
     seed: int,
@@ -810,16 +860,17 @@ def read_beir(
     corpus = file_source(folder / "corpus.jsonl", dict(product_id="_id", description="text"))
     files = tuple(path for name in BEIR_SPLITS if (path := folder / "qrels" / f"{name}.tsv").exists())
     qrels = Source(files, dict(query_id="query-id", product_id="corpus-id", grade="score"), separator="\t")
+    queries = file_source(folder / "queries.jsonl", dict(query_id="_id", query="text"))
     products = read_table(corpus, ("product_id",), ("title", "description"))
-    shown = [pl.when(pl.col(name).str.strip_chars() != "").then(name) for name in ("title", "text") if name in products.columns]
-    products = products.with_columns(title=pl.coalesce(shown) if shown else pl.lit(None, pl.String))
-    judgments = with_queries(read_qrels(qrels), qrels, file_source(folder / "queries.jsonl", dict(query_id="_id", query="text")))
+    products = products.with_columns(title=first_known(products, "title", "text"))
+    judgments = with_queries(read_qrels(qrels), qrels, queries)
     binary = binary_grades(judgments["score"]) if grades is None else None
-    notes = [Note("scores became grades", judgments.height, "scores are 0 and 1 only: 1 became 2, relevant")] if binary else []
+    note = Note("scores became grades", judgments.height, "scores are 0 and 1 only: 1 became 2, relevant")
+    notes = [note] if binary else []
     where = dict(products=corpus, judgments=replace(qrels, grades=grades or binary))
     return make_data(products, judgments, name=folder.name, seed=seed, where=where, published=True, notes=notes)
 
-# %% ../nbs/api/01_data.ipynb #cell-105
+# %% ../nbs/api/01_data.ipynb #cell-127
 @dataclass(frozen=True)
 class Layout:
     "How a layout is recognised and read."
@@ -829,15 +880,18 @@ class Layout:
     def lacks(self, folder: Path) -> list[str]:
         return [" or ".join(names) for names in self.needs if not any((folder / name).exists() for name in names)]
 
+    def __str__(self) -> str: return ", ".join(" or ".join(names) for names in self.needs)
+
 
 LAYOUTS = {
     "own": Layout(read_own, (("products.parquet", "products.csv"), ("judgments.parquet", "judgments.csv"))),
     "esci": Layout(read_esci, tuple((name,) for name in ESCI_FILES)),
     "wands": Layout(read_wands, tuple((name,) for name in WANDS_FILES)),
-    "beir": Layout(read_beir, (("corpus.jsonl",), ("queries.jsonl",), tuple(f"qrels/{name}.tsv" for name in BEIR_SPLITS))),
+    "beir": Layout(read_beir, (("corpus.jsonl",), ("queries.jsonl",),
+                               tuple(f"qrels/{name}.tsv" for name in BEIR_SPLITS))),
 }
 
-# %% ../nbs/api/01_data.ipynb #cell-106
+# %% ../nbs/api/01_data.ipynb #cell-129
 def detect_layout(
     folder: Path,
 ) -> str:    # a key of LAYOUTS
@@ -847,10 +901,19 @@ def detect_layout(
     if fits: raise DataError(f"{folder.name} fits the layouts {' and '.join(fits)}. Choose one with layout=")
     found = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(found[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
-    needs = "; ".join(f"{name} needs {', '.join(' or '.join(names) for names in layout.needs)}" for name, layout in LAYOUTS.items())
+    needs = "; ".join(f"{name} needs {layout}" for name, layout in LAYOUTS.items())
     raise DataError(f"{folder.name} is in no known layout: it holds {shown or 'nothing'}. Known: {needs}.")
 
-# %% ../nbs/api/01_data.ipynb #cell-107
+# %% ../nbs/api/01_data.ipynb #cell-131
+def label_map(
+    grades: Mapping[object, int],   # label or score -> grade
+) -> dict[str, int]:                # the same with labels as text, as files are read
+    "Check a grade map of the user's."
+    wrong = [label for label, grade in grades.items() if grade not in list(Grade)]
+    if wrong: raise DataError(f"grades maps {wrong[0]!r} to {grades[wrong[0]]!r}, which is no grade. Map to 0, 1 or 2")
+    return {str(label): int(grade) for label, grade in grades.items()}
+
+# %% ../nbs/api/01_data.ipynb #cell-133
 def load_data(
     source: str | Path,                       # a folder
     layout: str | None = None,                # 'own', 'esci', 'wands' or 'beir'; recognised if not given
@@ -863,11 +926,13 @@ def load_data(
     if layout is None: layout = detect_layout(folder)
     if layout not in LAYOUTS: raise DataError(f"there is no layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     lacks = LAYOUTS[layout].lacks(folder)
-    if lacks: raise DataError(f"{folder.name}: the layout {layout} needs {', '.join(lacks)}. Add what is missing, or choose another layout=")
-    if grades is not None: grades = {str(label): Grade(grade) for label, grade in grades.items()}
+    if lacks:
+        raise DataError(f"{folder.name}: the layout {layout} needs {', '.join(lacks)}. Add what is missing, or choose "
+                        "another layout=")
+    if grades is not None: grades = label_map(grades)
     return LAYOUTS[layout].reader(folder.resolve(), seed, grades)
 
-# %% ../nbs/api/01_data.ipynb #cell-110
+# %% ../nbs/api/01_data.ipynb #cell-136
 def product_text(
     products: pl.DataFrame,                                      # PRODUCT_COLUMNS
     fields: Sequence[str] = ("title", "category", "brand"),      # in this order; unknown ones are left out
@@ -878,7 +943,7 @@ def product_text(
     parts = [path if name == "category" else pl.col(name) for name in fields]
     return products.select(text=pl.concat_str(parts, separator=" | ", ignore_nulls=True))["text"]
 
-# %% ../nbs/api/01_data.ipynb #cell-113
+# %% ../nbs/api/01_data.ipynb #cell-139
 def candidates(
     data: RelevanceData,
     locale: str | None,   # of the query
@@ -888,28 +953,29 @@ def candidates(
     if locale is None: return np.arange(len(of))
     return np.flatnonzero(((of == locale) | of.is_null()).fill_null(True).to_numpy())
 
-# %% ../nbs/api/01_data.ipynb #cell-116
+# %% ../nbs/api/01_data.ipynb #cell-142
 def summarise(
     data: RelevanceData,
 ) -> pl.DataFrame:   # locale, split, queries, listed, judgments, irrelevant, moderate, relevant
     "Counts per locale and split."
     mix = [(pl.col("grade") == grade).sum().alias(grade.name.lower()) for grade in Grade]
     counts = data.judgments.group_by("locale", "split").agg(pl.len().alias("judgments"), *mix)
-    queries = data.queries.group_by("locale", "split").agg(pl.len().alias("queries"), (pl.col("judged") >= LISTED).sum().alias("listed"))
+    queries = data.queries.group_by("locale", "split").agg(pl.len().alias("queries"),
+                                                           (pl.col("judged") >= LISTED).sum().alias("listed"))
     order = pl.col("split").replace_strict({split: number for number, split in enumerate(SPLITS)})
     return queries.join(counts, on=["locale", "split"], nulls_equal=True).sort("locale", order)
 
-# %% ../nbs/api/01_data.ipynb #cell-118
+# %% ../nbs/api/01_data.ipynb #cell-145
 def data_text(
     data: RelevanceData,
 ) -> str:
     "The data in a few lines of text."
-    sides = ", ".join(f"{split} {count}" for split in SPLITS if (count := data.queries.filter(pl.col("split") == split).height))
+    sides = ", ".join(f"{split} {count}" for split in SPLITS if (count := data.queries.filter(split=split).height))
     lines = [f"RelevanceData {data.name!r}: {data.products.height} products, {data.judgments.height} judgments, "
              f"{data.queries.height} queries ({sides})"]
     return "\n".join(lines + [f"  {note.count} {note.what}: {note.why}" for note in data.notes])
 
-# %% ../nbs/api/01_data.ipynb #cell-121
+# %% ../nbs/api/01_data.ipynb #cell-148
 SHADES = {Grade.IRRELEVANT: "#d9d9d9", Grade.MODERATE: "#9ecae1", Grade.RELEVANT: "#3182bd"}
 
 
@@ -918,58 +984,74 @@ def mix_bar(
 ) -> str:           # HTML
     "A bar of the three grades' shares, with the percentages beside it."
     shares = {grade: row[grade.name.lower()] / max(row["judgments"], 1) for grade in Grade}
-    bars = "".join(f"<span style='display:inline-block;height:10px;width:{120 * share:.0f}px;background:{SHADES[grade]}'></span>"
+    style = "display:inline-block;height:10px"
+    bars = "".join(f"<span style='{style};width:{120 * share:.0f}px;background:{SHADES[grade]}'></span>"
                    for grade, share in shares.items())
     return bars + "&nbsp;" + " / ".join(f"{share:.0%}" for share in shares.values())
 
-# %% ../nbs/api/01_data.ipynb #cell-122
+# %% ../nbs/api/01_data.ipynb #cell-150
 def judged_line(
     data: RelevanceData,
 ) -> str:    # a sentence
     "How many products were judged per query."
     judged = data.queries["judged"]
     if not len(judged): return "No query has judgments."
-    return (f"Judged products per query: median {judged.median():.0f}, nine in ten up to {judged.quantile(0.9, 'higher'):.0f}, most {judged.max()}; "
+    return (f"Judged products per query: median {judged.median():g}, nine in ten up to "
+            f"{judged.quantile(0.9, 'higher'):.0f}, most {judged.max()}; "
             f"{(judged >= LISTED).sum()} queries have {LISTED} or more.")
 
-# %% ../nbs/api/01_data.ipynb #cell-123
+# %% ../nbs/api/01_data.ipynb #cell-152
+def summary_row(
+    row: Mapping,   # a row of the summary
+) -> str:           # HTML
+    "One locale and split as a table row."
+    cells = [row["locale"] or "-", row["split"], *(row[name] for name in ("queries", "listed", "judgments"))]
+    plain_cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
+    return f"<tr>{plain_cells}<td style='text-align:left'>{mix_bar(row)}</td></tr>"
+
+# %% ../nbs/api/01_data.ipynb #cell-154
 def data_html(
     data: RelevanceData,
 ) -> str:    # an HTML fragment
     "The data as a notebook shows it: counts, grade mix, judged per query, notes."
-    rows = "".join(
-        f"<tr><td>{html.escape(row['locale'] or '-')}</td><td>{row['split']}</td><td>{row['queries']}</td><td>{row['listed']}</td>"
-        f"<td>{row['judgments']}</td><td style='text-align:left'>{mix_bar(row)}</td></tr>" for row in data.summary().to_dicts())
+    counts = {"products": data.products, "queries": data.queries, "judgments": data.judgments, "ratings": data.ratings,
+              "engagement rows": data.engagement}
+    head = ", ".join(f"{frame.height} {what}" for what, frame in counts.items() if frame is not None)
+    titles = ("locale", "split", "queries", f"with {LISTED}+ judged", "judgments", "grades 0 / 1 / 2")
+    table = "".join(f"<th>{title}</th>" for title in titles) + "".join(map(summary_row, data.summary().to_dicts()))
     notes = "".join(f"<li>{note.count} {html.escape(note.what)}: {html.escape(note.why)}</li>" for note in data.notes)
-    extra = [f"{frame.height} {what}" for what, frame in (("ratings", data.ratings), ("engagement rows", data.engagement)) if frame is not None]
-    head = ", ".join([f"{data.products.height} products", f"{data.queries.height} queries", f"{data.judgments.height} judgments", *extra])
-    return (f"<p><b>{html.escape(data.name)}</b>: {head}</p><table><tr><th>locale</th><th>split</th><th>queries</th><th>with {LISTED}+ judged</th>"
-            f"<th>judgments</th><th style='text-align:left'>grades 0 / 1 / 2</th></tr>{rows}</table><p>{judged_line(data)}</p>"
+    return (f"<p><b>{html.escape(data.name)}</b>: {head}</p><table>{table}</table><p>{judged_line(data)}</p>"
             f"<p>Dropped or changed:</p><ul>{notes or '<li>nothing</li>'}</ul>")
 
-# %% ../nbs/api/01_data.ipynb #cell-126
+# %% ../nbs/api/01_data.ipynb #cell-157
 def hash_frame(
     frame: pl.DataFrame | None,
-    digest,                   # a hashlib hash, updated with the content
-    rows: int = 100_000,      # written out at a time: a whole catalogue as text would not fit in memory
+    keys: Sequence[str] | None,   # columns that tell its rows apart; None: all of them
+    digest,                       # a hashlib hash, updated with the content
+    rows: int = 100_000,          # written out at a time: a whole catalogue as text would not fit in memory
 ) -> None:
     "Feed a frame's sorted content into a hash."
-    digest.update(b"\0none" if frame is None else repr(sorted(frame.columns)).encode())
-    if frame is None: return
-    frame = frame.select(sorted(frame.columns))
-    frame = frame.sort(frame.columns, nulls_last=False)
-    for part in frame.iter_slices(rows): digest.update(part.write_csv(include_header=False, quote_style="always", null_value="\0").encode())
+    if frame is None: return digest.update(b"none")
+    columns = sorted(frame.columns)
+    digest.update(repr(columns).encode())
+    for part in frame.select(columns).sort(keys or columns).iter_slices(rows):
+        text = io.BytesIO()
+        part.write_csv(text, include_header=False, quote_style="always", null_value="\0")
+        digest.update(text.getbuffer())
 
-# %% ../nbs/api/01_data.ipynb #cell-127
+# %% ../nbs/api/01_data.ipynb #cell-159
 def fingerprint_data(
     data: RelevanceData,
 ) -> str:    # 16 hex digits
     "A hash of products, judgments, ratings and engagement, whatever their row order."
     digest = hashlib.sha256()
-    for frame in (data.products, data.judgments, data.ratings, data.engagement): hash_frame(frame, digest)
+    hash_frame(data.products, ["product_id"], digest)
+    hash_frame(data.judgments, ["query_id", "product_id"], digest)
+    hash_frame(data.ratings, None, digest)
+    hash_frame(data.engagement, None, digest)
     return digest.hexdigest()[:16]
 
-# %% ../nbs/api/01_data.ipynb #cell-130
+# %% ../nbs/api/01_data.ipynb #cell-162
 def write_frames(
     data: RelevanceData,
     folder: Path,   # an empty one
@@ -980,7 +1062,7 @@ def write_frames(
     about = dict(name=data.name, notes=[asdict(note) for note in data.notes], fingerprint=data.fingerprint)
     (folder / SAVED).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
 
-# %% ../nbs/api/01_data.ipynb #cell-131
+# %% ../nbs/api/01_data.ipynb #cell-164
 def save_data(
     data: RelevanceData,
     folder: str | Path,   # new, empty, or one that holds saved data, which is replaced
@@ -998,16 +1080,17 @@ def save_data(
         os.replace(new, folder)
     return folder
 
-# %% ../nbs/api/01_data.ipynb #cell-133
+# %% ../nbs/api/01_data.ipynb #cell-166
 def load_saved(
     folder: str | Path,
 ) -> RelevanceData:
     "Load what `save_data` wrote."
     folder = Path(folder)
-    if not (folder / SAVED).exists(): raise DataError(f"{folder} holds no saved data: {SAVED} is missing. Read other folders with load_data")
+    if not (folder / SAVED).exists():
+        raise DataError(f"{folder} holds no saved data: {SAVED} is missing. Read other folders with load_data")
     about = json.loads((folder / SAVED).read_text(encoding="utf-8"))
     frames = {name: pl.read_parquet(path) for name in FRAMES if (path := folder / f"{name}.parquet").exists()}
     data = RelevanceData(**frames, name=about["name"], notes=tuple(Note(**note) for note in about["notes"]))
     if data.fingerprint != about["fingerprint"]:
-        raise DataError(f"{folder.name} was changed after it was saved. Remove {SAVED} to have it read and checked as own data")
+        raise DataError(f"{folder.name} was changed after it was saved. Remove {SAVED} to have it checked as own data")
     return data

@@ -17,7 +17,7 @@ from enum import IntEnum
 
 import numpy as np
 
-# %% ../nbs/api/00_grades.ipynb #cell-5
+# %% ../nbs/api/00_grades.ipynb #cell-6
 class Grade(IntEnum):
     "How well a product answers a query."
     IRRELEVANT = 0
@@ -64,8 +64,8 @@ def from_average(
     values = np.asarray(list(ratings), dtype=float)
     outside = ~((values >= low) & (values <= high))    # also true for NaN
     if outside.any():
-        raise ValueError(f"rating {values[outside][0]:g} is outside {low:g} to {high:g} ({outside.sum()} of {len(values)} ratings)."
-                         " Pass the scale's own `low` and `high`.")
+        raise ValueError(f"rating {values[outside][0]:g} is outside {low:g} to {high:g} ({outside.sum()} of "
+                         f"{len(values)} ratings). Pass the scale's own `low` and `high`.")
     scaled = (values - low) / (high - low) * 2
     return np.ceil(np.round(scaled, 9) - 0.5).clip(0, 2).astype(np.int8)    # rounding first: 1.5 must be a tie
 
@@ -159,53 +159,60 @@ RELEVANT = Level(
     "The product is what the query asks for: the right kind of thing, and it meets every requirement the query names "
     "(brand, model, size, colour, material, quantity, audience, what it must fit, what it must not have). "
     "A broad query is met by every product of that kind.",
-    (Example("wireless mouse", "Logitech M185 Wireless Mouse, Swift Grey", "en", "the kind of thing asked for, and wireless"),
-     Example("t shirt without pocket", "Men's Crew Neck T-Shirt, no pocket, 3-pack", "en", "the negation is respected"),
+    (Example("wireless mouse", "Logitech M185 Wireless Mouse, Swift Grey",
+             "en", "the kind of thing asked for, and wireless"),
+     Example("t shirt without pocket", "Men's Crew Neck T-Shirt, no pocket, 3-pack",
+             "en", "the negation is respected"),
      Example("zapatillas running mujer 38", "Zapatillas de running para mujer, talla 38, negras", "es",
              "kind, audience and size match"),
-     Example("cafetera italiana 6 tazas", "Cafetera moka de aluminio, 6 tazas", "es", "another name for the same thing"),
+     Example("cafetera italiana 6 tazas", "Cafetera moka de aluminio, 6 tazas",
+             "es", "another name for the same thing"),
      Example("水筒 500ml", "ステンレス マグボトル 0.5L 保温保冷", "ja", "the same capacity, written otherwise"),
      Example("ワイヤレスイヤホン", "Bluetooth 5.3 完全ワイヤレスイヤホン 充電ケース付き", "ja", "a broad query, met")))
 
-# %% ../nbs/api/00_grades.ipynb #cell-36
+# %% ../nbs/api/00_grades.ipynb #cell-37
 MODERATE = Level(
     Grade.MODERATE, "moderately relevant",
-    "Not what was asked for, but a sensible shopper might still take it. A substitute: the same need, with a requirement missed "
-    "(other brand, other size, wired for wireless). Or a complement: it is used together with what was asked for.",
+    "Not what was asked for, but a sensible shopper might still take it. A substitute: the same need, with a "
+    "requirement missed (other brand, other size, wired for wireless). Or a complement: it is used together with what "
+    "was asked for.",
     (Example("wireless mouse", "USB Wired Optical Mouse", "en", "a substitute: right kind, misses 'wireless'"),
      Example("wireless mouse", "Mouse Pad with Wrist Rest", "en", "a complement: used with it"),
-     Example("zapatillas running mujer 38", "Zapatillas de running para mujer, talla 40", "es", "a substitute: wrong size"),
+     Example("zapatillas running mujer 38", "Zapatillas de running para mujer, talla 40",
+             "es", "a substitute: wrong size"),
      Example("cafetera italiana 6 tazas", "Café molido de tueste natural 250 g", "es", "a complement"),
      Example("水筒 500ml", "ステンレスボトル 1L", "ja", "a substitute: other capacity"),
      Example("ワイヤレスイヤホン", "イヤホン用 シリコンケース", "ja", "a complement: an accessory")))
 
-# %% ../nbs/api/00_grades.ipynb #cell-37
+# %% ../nbs/api/00_grades.ipynb #cell-39
 IRRELEVANT = Level(
     Grade.IRRELEVANT, "irrelevant",
-    "Neither meets the need nor belongs to it. Sharing a word, a brand or a broad category with the query is not enough. "
-    "A part or accessory for another device is irrelevant.",
+    "Neither meets the need nor belongs to it. Sharing a word, a brand or a broad category with the query is not "
+    "enough. A part or accessory for another device is irrelevant.",
     (Example("wireless mouse", "Electronic Mouse Trap", "en", "shares a word, not a need"),
      Example("iphone 13 case", "Leather Case for Galaxy S21", "en", "an accessory that cannot fit"),
-     Example("zapatillas running mujer 38", "Vestido de fiesta para mujer, talla 38", "es", "shares audience and size only"),
+     Example("zapatillas running mujer 38", "Vestido de fiesta para mujer, talla 38",
+             "es", "shares audience and size only"),
      Example("cafetera italiana 6 tazas", "Juego de 6 copas de vino", "es", "shares a number only"),
      Example("水筒 500ml", "シャンプー 詰め替え 500ml", "ja", "shares a volume only"),
      Example("ワイヤレスイヤホン", "ワイヤレス充電式 電動ドリル", "ja", "shares a word only")))
 
-# %% ../nbs/api/00_grades.ipynb #cell-38
+# %% ../nbs/api/00_grades.ipynb #cell-41
 DEFAULT_GUIDELINE = Guideline(
     version="1.0",
-    task="Judge how well one product answers one shopping query. Judge what the query asks for, not whether the product is good, "
-         "cheap or popular. Use the product's title, category, brand and description, nothing else.",
+    task="Judge how well one product answers one shopping query. Judge what the query asks for, not whether the "
+         "product is good, cheap or popular. Use the product's title, category, brand and description, nothing else.",
     levels=(IRRELEVANT, MODERATE, RELEVANT),
     rules=("In doubt between two levels, take the lower one.",
            "A negation is a requirement: for 'without X', a product that has X misses it.",
            "A named brand, model, size or number is a requirement; a word of taste ('nice', 'best') is not.",
-           "An accessory for the very thing asked for is a complement (1); an accessory for something else is irrelevant (0).",
+           "An accessory for the very thing asked for is a complement (1); one for something else is irrelevant (0).",
            "Asked for an accessory, the main device itself is at most a complement (1).",
            "A misspelled query is judged by what it evidently means.",
            "What the text does not say is not assumed: a size that is not stated is not met."),
-    locale_notes=(("en", "US and UK sizes and units differ; judge by the units the query uses. ESCI calls this locale 'us'."),
-                  ("es", "Accents are often left out ('cafe' is 'café'); European and American Spanish name things differently "
-                         "('móvil', 'celular')."),
-                  ("ja", "Kanji, kana and Latin spellings of one word are the same request; full-width and half-width digits are "
-                         "equal. ESCI calls this locale 'jp'.")))
+    locale_notes=(
+        ("en", "US and UK sizes and units differ; judge by the units the query uses. ESCI calls this locale 'us'."),
+        ("es", "Accents are often left out ('cafe' is 'café'); European and American Spanish name things differently "
+               "('móvil', 'celular')."),
+        ("ja", "Kanji, kana and Latin spellings of one word are the same request; full-width and half-width digits are "
+               "equal. ESCI calls this locale 'jp'.")))

@@ -80,7 +80,7 @@ def masked_logsumexp(
 ) -> tuple[Tensor, Tensor]:  # log-sum-exp per row [rows], and whether the row had any value [rows]
     "Log-sum-exp over the masked values of each row; an empty row gives 0 and no gradient."
     some = mask.any(1)
-    kept = x.masked_fill(~mask, -torch.inf).masked_fill(~some[:, None], 0)
+    kept = x.masked_fill(~mask, torch.finfo(x.dtype).min)  # not -inf: an empty row would give NaN on the way back
     return kept.logsumexp(1).masked_fill(~some, 0), some
 
 # %% ../nbs/api/06_losses.ipynb #cell-21

@@ -409,6 +409,7 @@ LOCALES = ('en', 'es', 'ja')
 _SHELF = {head.split()[0]: (head.split()[1], dict(zip(LOCALES, [p.strip() for p in paths.split('|')])))
           for head, paths in (line.split(':') for line in _lines(_SHELVES))}
 
+# %% ../nbs/api/02_market.ipynb #cell-28
 def _read_type(
     line: str,  # one line of the type table
 ) -> ProductType:  # the parsed type
@@ -422,7 +423,7 @@ def _read_type(
 
 TYPES = {t.key: t for t in map(_read_type, _lines(_TYPES))}
 
-# %% ../nbs/api/02_market.ipynb #cell-30
+# %% ../nbs/api/02_market.ipynb #cell-32
 def _read_names(text: str): return {key: tuple(map(_phrases, rest.split('|')))
                                     for key, rest in (line.split(':') for line in _lines(text))}
 
@@ -435,7 +436,7 @@ _KANA = dict(brand.split() for line in _lines(_BRANDS) for brand in _phrases(lin
 BRANDS = {line.split(':')[0]: [b.split()[0] for b in _phrases(line.split(':')[1])] for line in _lines(_BRANDS)}
 FEATURES = {tuple(head.split()): _phrases(rest) for head, rest in (line.split(':') for line in _lines(_FEATURES))}
 
-# %% ../nbs/api/02_market.ipynb #cell-35
+# %% ../nbs/api/02_market.ipynb #cell-37
 def _skewed(
     options: list,  # values, most common first
     n: int,  # how many to draw
@@ -445,7 +446,7 @@ def _skewed(
     weights = 1 / np.arange(1, len(options) + 1) ** 0.6
     return np.array(options, dtype=object)[rng.choice(len(options), n, p=weights / weights.sum())]
 
-# %% ../nbs/api/02_market.ipynb #cell-37
+# %% ../nbs/api/02_market.ipynb #cell-39
 def _draw_type(
     t: ProductType,  # the type of all these products
     n: int,  # how many
@@ -459,7 +460,7 @@ def _draw_type(
     fits = _skewed(BRANDS['electronics'] + [None], n, rng) if t.fits else [None] * n
     return dict(brand=brand, line=line, variant=draw(t.variant), size=draw(t.size), fits=fits)
 
-# %% ../nbs/api/02_market.ipynb #cell-39
+# %% ../nbs/api/02_market.ipynb #cell-41
 ATTRIBUTES = ('type', 'brand', 'line', 'variant', 'size', 'fits')
 
 def draw_products(
@@ -481,7 +482,7 @@ def draw_products(
     return pl.DataFrame(dict(product_id=ids, **{c: v.tolist() for c, v in (dict(locale=place) | columns).items()}),
                         schema={c: pl.String for c in ('product_id', 'locale', *ATTRIBUTES)})
 
-# %% ../nbs/api/02_market.ipynb #cell-42
+# %% ../nbs/api/02_market.ipynb #cell-44
 RELATIONS = ('exact', 'substitute', 'complement', 'irrelevant')
 _GRADE_OF = np.array([2, 1, 1, 0], dtype=np.int8)
 _TYPE, _BRAND, _LINE, _VARIANT, _SIZE, _FITS = range(len(ATTRIBUTES))
@@ -490,7 +491,7 @@ _CODES = {name: i for i, name in enumerate(_names)}  # types come first: a type'
 _SISTER = np.array([_CODES.get(t.sister, -1) for t in TYPES.values()])
 _SERVES = np.array([[o in t.serves for o in TYPES] for t in TYPES.values()])  # [accessory, main]
 
-# %% ../nbs/api/02_market.ipynb #cell-44
+# %% ../nbs/api/02_market.ipynb #cell-46
 def attribute_codes(
     frame: pl.DataFrame,  # any frame with the columns of ATTRIBUTES
 ) -> np.ndarray:  # int [rows, 6], -1 for null
@@ -500,7 +501,7 @@ def attribute_codes(
     if unknown: raise ValueError(f'market: unknown attribute value {sorted(unknown)[0]!r}; see TYPES, BRANDS and KINDS')
     return np.column_stack([c.replace_strict(_CODES, default=-1, return_dtype=pl.Int32) for c in known])
 
-# %% ../nbs/api/02_market.ipynb #cell-46
+# %% ../nbs/api/02_market.ipynb #cell-48
 def compromises(
     asked: np.ndarray,  # int [6], codes of one intent
     has: np.ndarray,  # int [products, 6], codes of products
@@ -510,7 +511,7 @@ def compromises(
     misfit = differs[:, _FITS] & (has[:, _FITS] >= 0)
     return (differs[:, _BRAND] | differs[:, _LINE]) + differs[:, _VARIANT].astype(int) + differs[:, _SIZE] + 2 * misfit
 
-# %% ../nbs/api/02_market.ipynb #cell-48
+# %% ../nbs/api/02_market.ipynb #cell-50
 def relations(
     asked: np.ndarray,  # int [6], codes of one intent
     has: np.ndarray,  # int [products, 6], codes of products
@@ -523,7 +524,7 @@ def relations(
     complement = _SERVES[has[:, _TYPE], kind] & suits
     return np.select([(same | sister) & (steps == 0), (same | sister) & (steps == 1), complement], [0, 1, 2], 3)
 
-# %% ../nbs/api/02_market.ipynb #cell-50
+# %% ../nbs/api/02_market.ipynb #cell-52
 def true_grade(
     asked: dict,  # attributes asked for, 'type' among them
     product: dict,  # attributes the product has, 'type' among them
@@ -533,7 +534,7 @@ def true_grade(
     if (both[:, _TYPE] < 0).any(): raise ValueError("market: a query and a product each need a 'type'")
     return int(_GRADE_OF[relations(both[0], both[1:])[0]])
 
-# %% ../nbs/api/02_market.ipynb #cell-54
+# %% ../nbs/api/02_market.ipynb #cell-56
 _TITLE_FORMS = dict(
     en=['brand line name goes, variant, size, f1, f2, f3', 'name goes variant size, f1, f2, f3, brand line',
         'line name, size, variant, f1, f2, f3, goes', 'brand variant name line size, f1, f2, f3, goes'],
@@ -543,6 +544,7 @@ _TITLE_FORMS = dict(
         'name line, size, variant, f1, f2, f3, goes', 'brand name, f1, f2, goes, variant, size, line'])
 _GOES = dict(en='for {}', es='para {}', ja='{}用')
 
+# %% ../nbs/api/02_market.ipynb #cell-58
 def _fill(
     form: str,  # order of slots: segments by comma, slots by space
     words: dict,  # slot -> words, missing or None where empty
@@ -552,7 +554,7 @@ def _fill(
     segments = (' '.join(words[s] for s in seg.split() if words.get(s)) for seg in form.split(','))
     return comma.join(filter(None, segments))
 
-# %% ../nbs/api/02_market.ipynb #cell-57
+# %% ../nbs/api/02_market.ipynb #cell-61
 def _pick(options: list, number: int): return options[number % len(options)]
 
 def _brand_word(
@@ -563,6 +565,7 @@ def _brand_word(
     "In Japan every second brand is written in katakana."
     return _KANA[brand] if brand and locale == 'ja' and number % 2 else brand
 
+# %% ../nbs/api/02_market.ipynb #cell-63
 def _goes_words(
     row: dict,  # one product
     numbers: np.ndarray,  # random integers
@@ -576,7 +579,7 @@ def _goes_words(
     if fits: main = f'{main} {fits}' if loc == 'es' else f'{fits} {main}'
     return _GOES[loc].format(main)
 
-# %% ../nbs/api/02_market.ipynb #cell-59
+# %% ../nbs/api/02_market.ipynb #cell-65
 def write_title(
     row: dict,  # product_id, locale and ATTRIBUTES of one product
     numbers: np.ndarray,  # at least 12 random integers
@@ -593,7 +596,7 @@ def write_title(
     title = _fill(_pick(_TITLE_FORMS[loc], n[8]), words, ' ' if loc == 'ja' else ', ')
     return title[0].upper() + title[1:]
 
-# %% ../nbs/api/02_market.ipynb #cell-61
+# %% ../nbs/api/02_market.ipynb #cell-67
 def write_products(
     attributes: pl.DataFrame,  # product_id, locale and ATTRIBUTES
     rng: np.random.Generator,  # source of randomness
@@ -610,7 +613,7 @@ def write_products(
     return attributes.select('product_id', title=pl.Series(titles), category=pl.Series(paths), brand='brand',
                              description=pl.lit(None, pl.String), locale='locale')
 
-# %% ../nbs/api/02_market.ipynb #cell-64
+# %% ../nbs/api/02_market.ipynb #cell-70
 _ASKED = (0.50, 0.38, 0.12)  # share of intents that ask for none, one or two attributes
 
 def draw_intent(
@@ -623,13 +626,14 @@ def draw_intent(
     if 'brand' in asked and rng.random() < 0.3: asked.add('line')
     return {a: product[a] if a == 'type' or a in asked else None for a in ATTRIBUTES}
 
-# %% ../nbs/api/02_market.ipynb #cell-66
+# %% ../nbs/api/02_market.ipynb #cell-72
 _QUERY_FORMS = dict(
     en=['brand line variant noun size goes', 'noun variant brand line size goes', 'variant noun size goes brand line'],
     es=['noun brand line variant size goes', 'noun variant size goes brand line', 'brand line noun variant size goes'],
     ja=['brand line noun variant size goes', 'noun size variant brand line goes', 'goes variant noun brand line size'])
 _NOUN_SHARES = (0.40, 0.35, 0.25)  # title noun, colloquial noun, use
 
+# %% ../nbs/api/02_market.ipynb #cell-74
 def write_query(
     intent: dict,  # ATTRIBUTES, null where not asked
     locale: str,  # language
@@ -645,7 +649,7 @@ def write_query(
                  goes=_GOES[locale].format(fits) if fits else None)
     return _fill(_pick(_QUERY_FORMS[locale], n[4]), words, ' ').lower()
 
-# %% ../nbs/api/02_market.ipynb #cell-69
+# %% ../nbs/api/02_market.ipynb #cell-77
 def _alike(t: ProductType, o: ProductType):  # either may be the accessory or the lookalike of the other
     return o.key in (t.key, t.sister, t.lookalike, *t.serves) or t.key in (o.lookalike, *o.serves)
 
@@ -658,7 +662,7 @@ def looks_like_answer(
     "Products that share a type word or an asked attribute with the query, right or wrong."
     return _LOOKALIKE[asked[_TYPE]][has[:, _TYPE]] | ((asked[1:] >= 0) & (has[:, 1:] == asked[1:])).any(axis=1)
 
-# %% ../nbs/api/02_market.ipynb #cell-71
+# %% ../nbs/api/02_market.ipynb #cell-79
 def choose_judged(
     relation: np.ndarray,  # int [products], position in RELATIONS, of one intent
     near: np.ndarray,  # bool [products], does it look like an answer?
@@ -675,7 +679,7 @@ def choose_judged(
     hard = of((relation == 3) & near)[:round(.7 * rest)]
     return np.concatenate([*judged, hard, of((relation == 3) & ~near)[:rest - len(hard)]])
 
-# %% ../nbs/api/02_market.ipynb #cell-73
+# %% ../nbs/api/02_market.ipynb #cell-81
 def _intents(
     attributes: pl.DataFrame,  # products of one locale
     codes: np.ndarray,  # their attribute codes
@@ -691,7 +695,7 @@ def _intents(
         relation = relations(asked, codes)
         if len(np.unique(_GRADE_OF[relation])) == 3: yield intent, asked, relation
 
-# %% ../nbs/api/02_market.ipynb #cell-74
+# %% ../nbs/api/02_market.ipynb #cell-83
 def _shop_queries(
     attributes: pl.DataFrame,  # products of one locale
     wanted: int,  # number of queries
@@ -715,7 +719,7 @@ def _shop_queries(
     raise ValueError(f'market: {len(attributes)} {locale} products answer only {len(asked)} of {wanted} queries; '
                      'ask for more products or fewer queries')
 
-# %% ../nbs/api/02_market.ipynb #cell-76
+# %% ../nbs/api/02_market.ipynb #cell-85
 _DEAL = ('train', 'test', 'validation', 'train', 'train', 'test', 'train', 'train')
 
 def split_intents(
@@ -732,7 +736,7 @@ def split_intents(
     dealt = dealt.select('knot', pl.Series('split', _DEAL).gather(turn))
     return knots.join(dealt, on='knot', how='left', maintain_order='left')['split']
 
-# %% ../nbs/api/02_market.ipynb #cell-78
+# %% ../nbs/api/02_market.ipynb #cell-87
 @dataclass(frozen=True, eq=False)
 class Market:
     "A simulated shop whose truth is known."
@@ -743,7 +747,7 @@ class Market:
     def relations(self, query_ids=None, product_ids=None): return market_relations(self, query_ids, product_ids)
     def truth(self, query_ids=None, product_ids=None): return _GRADE_OF[self.relations(query_ids, product_ids)]
 
-# %% ../nbs/api/02_market.ipynb #cell-80
+# %% ../nbs/api/02_market.ipynb #cell-89
 def _rows_of(
     frame: pl.DataFrame,  # with the id column
     column: str,  # 'query_id' or 'product_id'
@@ -766,7 +770,7 @@ def market_relations(
     has = attribute_codes(_rows_of(market.products, 'product_id', product_ids))
     return np.array([relations(row, has) for row in asked], dtype=np.int8).reshape(len(asked), len(has))
 
-# %% ../nbs/api/02_market.ipynb #cell-82
+# %% ../nbs/api/02_market.ipynb #cell-91
 def _ask(
     attributes: pl.DataFrame,  # product_id, locale and ATTRIBUTES
     locales: tuple,  # languages of the shops
@@ -785,7 +789,7 @@ def _ask(
     about = intents.select('query_id', 'query', 'locale', 'split')
     return intents, pl.concat([one.join(g, how='cross') for one, g in zip(about.iter_slices(1), lists)])
 
-# %% ../nbs/api/02_market.ipynb #cell-84
+# %% ../nbs/api/02_market.ipynb #cell-93
 def build_market(
     products: int = 1500,  # number of products, spread evenly over the locales
     queries: int = 240,  # number of queries, spread evenly over the locales
@@ -803,7 +807,7 @@ def build_market(
     intents, judgments = _ask(attributes, locales, queries, judged, rng)
     return Market(attributes, intents, make_data(catalogue, judgments, name='market', seed=seed))
 
-# %% ../nbs/api/02_market.ipynb #cell-86
+# %% ../nbs/api/02_market.ipynb #cell-95
 def simulate(
     products: int = 1500,  # number of products, spread evenly over the locales
     queries: int = 240,  # number of queries, spread evenly over the locales
@@ -813,7 +817,7 @@ def simulate(
     "A simulated catalogue with judged queries, each with products of all three grades."
     return build_market(products, queries, locales, seed).data
 
-# %% ../nbs/api/02_market.ipynb #cell-92
+# %% ../nbs/api/02_market.ipynb #cell-101
 def _reason(
     asked: dict,  # what the query asks for
     has: dict,  # what the product has
@@ -825,7 +829,7 @@ def _reason(
     missed = [f'{a} differs' for a in ATTRIBUTES[1:] if asked[a] and has[a] != asked[a]]
     return f"{relation}: {', '.join((['sister type'] if has['type'] != asked['type'] else []) + missed)}"
 
-# %% ../nbs/api/02_market.ipynb #cell-94
+# %% ../nbs/api/02_market.ipynb #cell-103
 def judged_list(
     market: Market,  # a market
     query_id: str,  # one of its queries

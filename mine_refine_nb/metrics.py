@@ -27,7 +27,7 @@ __all__ = ['SCORE_STEPS', 'Statistic', 'HEADLINE', 'boundary_auc', 'score_bins',
            'locale_metrics', 'evaluate', 'mean_statistic', 'running_sum', 'auc_statistic', 'overlap_statistic',
            'check_comparable', 'pooled_statistic', 'metric_statistic', 'difference_test', 'holm', 'compare']
 
-# %% ../nbs/api/08_metrics.ipynb #cell-8
+# %% ../nbs/api/08_metrics.ipynb #cell-9
 def _sides(
     scores: np.ndarray,  # any shape, higher is more relevant
     grades: np.ndarray,  # same shape, -1 where not judged
@@ -38,7 +38,7 @@ def _sides(
     judged = grades != UNJUDGED
     return scores[judged], grades[judged] >= boundary
 
-# %% ../nbs/api/08_metrics.ipynb #cell-10
+# %% ../nbs/api/08_metrics.ipynb #cell-11
 def boundary_auc(
     scores: np.ndarray,  # any shape
     grades: np.ndarray,  # same shape, -1 where not judged
@@ -48,7 +48,7 @@ def boundary_auc(
     scores, upper = _sides(scores, grades, boundary)
     return float(roc_auc_score(upper, scores)) if 0 < upper.sum() < upper.size else float('nan')
 
-# %% ../nbs/api/08_metrics.ipynb #cell-15
+# %% ../nbs/api/08_metrics.ipynb #cell-16
 def score_bins(
     scores: np.ndarray,  # [n]
     bins: int = 50,      # equal bins between the lowest and the highest score
@@ -58,7 +58,7 @@ def score_bins(
     if width == 0: return np.zeros(len(scores), dtype=np.int64)
     return np.minimum((scores - low) / width * bins, bins - 1).astype(np.int64)
 
-# %% ../nbs/api/08_metrics.ipynb #cell-16
+# %% ../nbs/api/08_metrics.ipynb #cell-17
 def overlap(
     scores: np.ndarray,  # any shape
     grades: np.ndarray,  # same shape, -1 where not judged
@@ -72,7 +72,7 @@ def overlap(
     above, below = (np.bincount(at[side], minlength=bins) / side.sum() for side in (upper, ~upper))
     return float(np.minimum(above, below).sum())
 
-# %% ../nbs/api/08_metrics.ipynb #cell-20
+# %% ../nbs/api/08_metrics.ipynb #cell-21
 def best_threshold(
     scores: np.ndarray,  # any shape
     grades: np.ndarray,  # same shape, -1 where not judged
@@ -87,7 +87,7 @@ def best_threshold(
     return dict(threshold=float((cut + below.max()) / 2 if below.size else cut),  # halfway: the safest place in the gap
                 bacc=float(1 + right[best] - wrong[best]) / 2, f1=float(f1_score(upper, scores >= cut)))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-24
+# %% ../nbs/api/08_metrics.ipynb #cell-25
 def boundary_metrics(
     scores: np.ndarray,         # any shape: every pair that counts, pooled
     grades: np.ndarray,         # same shape, -1 where not judged
@@ -101,14 +101,14 @@ def boundary_metrics(
         out.update({f'{name}_{k}': value for name, value in found.items()})
     return out
 
-# %% ../nbs/api/08_metrics.ipynb #cell-27
+# %% ../nbs/api/08_metrics.ipynb #cell-28
 def exponential_gains(
     levels: int = len(Grade),  # levels of the grade scale
 ) -> dict[int, int]:  # gain of each grade
     "The gain 2^y - 1 of each grade y."
     return {y: 2**y - 1 for y in range(levels)}
 
-# %% ../nbs/api/08_metrics.ipynb #cell-30
+# %% ../nbs/api/08_metrics.ipynb #cell-31
 def ranking_measures(
     cutoff: int = 10,                       # of NDCG and precision
     recall_at: int = 50,                    # of recall
@@ -127,7 +127,7 @@ def ranking_measures(
         out |= {f'recall@{recall_at}{suffix}': R(rel=k) @ recall_at, f'precision@{cutoff}{suffix}': P(rel=k) @ cutoff}
     return out
 
-# %% ../nbs/api/08_metrics.ipynb #cell-33
+# %% ../nbs/api/08_metrics.ipynb #cell-34
 def _defined(
     name: str,            # metric
     grades: list[int],    # grades of the query's judged products
@@ -137,7 +137,7 @@ def _defined(
     if name.startswith('ndcg'): return any(measure['gains'].get(g, g) > 0 for g in grades)
     return not name.startswith('recall') or max(grades) >= measure['rel']
 
-# %% ../nbs/api/08_metrics.ipynb #cell-34
+# %% ../nbs/api/08_metrics.ipynb #cell-35
 def rank_metrics(
     run: Mapping[str, Sequence[str]],        # query id -> product ids, best first
     qrels: Mapping[str, Mapping[str, int]],  # query id -> product id -> grade, judged products only
@@ -154,7 +154,7 @@ def rank_metrics(
     table = pl.DataFrame(rows, schema=dict.fromkeys(measures, pl.Float64), orient='row')
     return table.insert_column(0, pl.Series('query_id', list(found), pl.String))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-38
+# %% ../nbs/api/08_metrics.ipynb #cell-39
 SCORE_STEPS = 1_000_000  # per unit of score: finer differences are float32 noise
 
 def top_k(
@@ -173,7 +173,7 @@ def top_k(
     best = np.sort(best, axis=1)[:, ::-1]
     return m - 1 - best % m, best // m / SCORE_STEPS
 
-# %% ../nbs/api/08_metrics.ipynb #cell-42
+# %% ../nbs/api/08_metrics.ipynb #cell-43
 def search_catalogue(
     emb: Embeddings,        # queries and products of one model
     data: RelevanceData,    # its queries are searched; a query searches the products of its locale
@@ -192,7 +192,7 @@ def search_catalogue(
                 rank=np.tile(np.arange(1, found.shape[1] + 1), len(ids)), score=scores.ravel())))
     return pl.concat(parts)
 
-# %% ../nbs/api/08_metrics.ipynb #cell-44
+# %% ../nbs/api/08_metrics.ipynb #cell-45
 def judged_pairs(
     emb: Embeddings,       # queries and products of one model
     data: RelevanceData,   # whose judgments are scored
@@ -207,7 +207,7 @@ def judged_pairs(
     steps = np.rint(np.concatenate(scores) * SCORE_STEPS).astype(np.float64)
     return pairs.with_columns(score=pl.Series(steps / SCORE_STEPS))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-46
+# %% ../nbs/api/08_metrics.ipynb #cell-47
 def condensed_run(
     pairs: pl.DataFrame,         # as from `judged_pairs`
     product_ids: Sequence[str],  # in catalogue order, which decides ties
@@ -217,7 +217,7 @@ def condensed_run(
     ranked = pairs.join(order, on='product_id').sort('query_id', -pl.col('score'), 'row')
     return dict(ranked.group_by('query_id', maintain_order=True).agg('product_id').iter_rows())
 
-# %% ../nbs/api/08_metrics.ipynb #cell-48
+# %% ../nbs/api/08_metrics.ipynb #cell-49
 def query_metrics(
     run: pl.DataFrame,           # as from `search_catalogue`
     pairs: pl.DataFrame,         # as from `judged_pairs`
@@ -233,7 +233,7 @@ def query_metrics(
     return rank_metrics(full, qrels, ranking_measures(gains=gains, levels=levels)).join(
         rank_metrics(condensed_run(pairs, product_ids), qrels, condensed), on='query_id', maintain_order='left')
 
-# %% ../nbs/api/08_metrics.ipynb #cell-50
+# %% ../nbs/api/08_metrics.ipynb #cell-51
 def listed_queries(
     queries: pl.DataFrame,   # query_id, locale, judged (how many products)
     min_judged: int = 10,    # judged products that make a query listed
@@ -244,7 +244,7 @@ def listed_queries(
     listed = queries['judged'] >= min_judged
     return least, (listed if listed.any() else listed | True)
 
-# %% ../nbs/api/08_metrics.ipynb #cell-53
+# %% ../nbs/api/08_metrics.ipynb #cell-54
 def summarise(
     per_query: pl.DataFrame,  # query_id and the columns of `names`
     pairs: pl.DataFrame,      # query_id, grade, score
@@ -257,7 +257,7 @@ def summarise(
     pooled = boundary_metrics(pairs['score'], pairs['grade'], levels)
     return means | pooled | dict(queries=len(per_query), judgments=len(pairs))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-55
+# %% ../nbs/api/08_metrics.ipynb #cell-56
 def definitions(
     data: RelevanceData,      # evaluated
     split: str | None,        # evaluated; None for all
@@ -286,7 +286,7 @@ def definitions(
         overlap='shared area of the two normalised histograms, equal bins between the lowest and highest judged score',
         threshold='best balanced accuracy (bacc) on these same pairs; f1 at that threshold')
 
-# %% ../nbs/api/08_metrics.ipynb #cell-57
+# %% ../nbs/api/08_metrics.ipynb #cell-58
 @dataclass(repr=False)
 class Evaluation:
     "One model on one split: numbers, and the rows behind them."
@@ -311,9 +311,12 @@ class Evaluation:
             name: [float(v) for v in values.values()] for name, values in columns.items()})
 
     def __repr__(self): return f'Evaluation({self.counts}, {_rounded(self.values)})'
-    def _repr_html_(self): return self.table().with_columns(pl.selectors.float().round(4))._repr_html_()
 
-# %% ../nbs/api/08_metrics.ipynb #cell-58
+    def _repr_html_(self):
+        with pl.Config(tbl_rows=-1, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
+            return self.table().with_columns(pl.selectors.float().round(4))._repr_html_()
+
+# %% ../nbs/api/08_metrics.ipynb #cell-59
 def _json_safe(x: object) -> object:
     "Nested dicts and numbers with NaN as None."
     if isinstance(x, Mapping): return {k: _json_safe(v) for k, v in x.items()}
@@ -323,11 +326,11 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
     "Four decimals, for reading."
     return {k: round(v, 4) for k, v in values.items()}
 
-# %% ../nbs/api/08_metrics.ipynb #cell-60
+# %% ../nbs/api/08_metrics.ipynb #cell-61
 def _check_embeddings(
     emb: Embeddings,       # of the model
     data: RelevanceData,   # the split to evaluate
-):
+) -> None:
     "One clear error if the vectors do not belong to the data."
     if not len(data.judgments): raise ValueError('evaluate: this split holds no judgments; name another split')
     if list(emb.product_ids) != data.products['product_id'].to_list():
@@ -341,7 +344,7 @@ def _check_embeddings(
         if bad.any(): raise ValueError(f'evaluate: {bad.sum()} vectors of {name} hold NaN or infinity, the first is '
                                        f'row {bad.argmax()}; the model diverged, lower the learning rate')
 
-# %% ../nbs/api/08_metrics.ipynb #cell-62
+# %% ../nbs/api/08_metrics.ipynb #cell-63
 def locale_metrics(
     per_query: pl.DataFrame,            # query_id, locale, judged and the per-query metrics
     least: Mapping[str | None, int],    # locale -> least judged products of a query that counts there
@@ -354,7 +357,7 @@ def locale_metrics(
         out[locale or 'unknown'] = numbers(per_query.filter(here)) | dict(min_judged=n)
     return out
 
-# %% ../nbs/api/08_metrics.ipynb #cell-63
+# %% ../nbs/api/08_metrics.ipynb #cell-64
 def evaluate(
     emb: Embeddings,               # queries of the split and all products, by one model
     data: RelevanceData,           # products and human grades
@@ -382,7 +385,7 @@ def evaluate(
         run=run.with_columns(pl.col('grade').fill_null(UNJUDGED)),
         definitions=definitions(data, split, min_judged, gains or exponential_gains(levels), levels))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-72
+# %% ../nbs/api/08_metrics.ipynb #cell-73
 Statistic = Callable[[np.ndarray], np.ndarray]  # weights [2 * queries, draws] (a's queries, then b's) -> values [draws]
 
 def mean_statistic(
@@ -394,7 +397,7 @@ def mean_statistic(
         return values[defined] @ weights[defined] / weights[defined].sum(axis=0)
     return statistic
 
-# %% ../nbs/api/08_metrics.ipynb #cell-75
+# %% ../nbs/api/08_metrics.ipynb #cell-76
 def running_sum(
     x: np.ndarray,    # [n, draws]
     step: int = 64,   # rows of a strip
@@ -408,7 +411,7 @@ def running_sum(
     parts[1:] += np.cumsum(parts[:-1, -1], axis=0)[:, None]
     return out[:n + 1]
 
-# %% ../nbs/api/08_metrics.ipynb #cell-78
+# %% ../nbs/api/08_metrics.ipynb #cell-79
 def auc_statistic(
     scores: np.ndarray,  # [pairs of both models]
     upper: np.ndarray,   # [pairs] whether the pair is on the upper side of the boundary
@@ -425,7 +428,7 @@ def auc_statistic(
         return beaten / (weights[high].sum(axis=0) * below[-1])
     return statistic
 
-# %% ../nbs/api/08_metrics.ipynb #cell-81
+# %% ../nbs/api/08_metrics.ipynb #cell-82
 def overlap_statistic(
     at: np.ndarray,     # [pairs of both models] histogram bin
     upper: np.ndarray,  # [pairs] whether the pair is on the upper side of the boundary
@@ -442,11 +445,11 @@ def overlap_statistic(
         return np.minimum(*shares).sum(axis=0)
     return statistic
 
-# %% ../nbs/api/08_metrics.ipynb #cell-84
+# %% ../nbs/api/08_metrics.ipynb #cell-85
 def check_comparable(
     a: Evaluation,  # one model
     b: Evaluation,  # another
-):
+) -> None:
     "Raise a ValueError that says what differs unless both rest on the same queries, judgments and definitions."
     mine, theirs = (set(e.per_query.filter('listed')['query_id']) for e in (a, b))
     if mine != theirs:
@@ -463,7 +466,7 @@ def check_comparable(
     if other: raise ValueError(f'compare: different definitions: {other[0]} is {a.definitions[other[0]]!r} in a and '
                                f'{b.definitions.get(other[0])!r} in b; evaluate both models the same way')
 
-# %% ../nbs/api/08_metrics.ipynb #cell-87
+# %% ../nbs/api/08_metrics.ipynb #cell-88
 def pooled_statistic(
     kind: str,      # 'auc' or 'overlap'
     boundary: int,  # grades >= boundary against grades below
@@ -478,7 +481,7 @@ def pooled_statistic(
     common, statistic = dict(auc=(rankdata, auc_statistic), overlap=(score_bins, overlap_statistic))[kind]
     return statistic(np.concatenate([common(p['score'].to_numpy()) for p in pairs]), upper, unit)
 
-# %% ../nbs/api/08_metrics.ipynb #cell-88
+# %% ../nbs/api/08_metrics.ipynb #cell-89
 def metric_statistic(
     metric: str,    # a column of per_query, or auc_k, or overlap_k
     a: Evaluation,  # one model
@@ -493,7 +496,7 @@ def metric_statistic(
     values = [e.per_query.filter('listed').sort('query_id')[metric] for e in (a, b)]
     return mean_statistic(pl.concat(values).fill_null(float('nan')).to_numpy())
 
-# %% ../nbs/api/08_metrics.ipynb #cell-90
+# %% ../nbs/api/08_metrics.ipynb #cell-91
 def _draw(
     statistic: Statistic,  # of [2 * queries, draws]
     a: np.ndarray,         # [queries, draws] weights of a's queries
@@ -505,7 +508,7 @@ def _draw(
         return np.concatenate([statistic(np.concatenate([a[:, i:i + block], b[:, i:i + block]]).astype(np.float64))
                                for i in range(0, a.shape[1], block)])
 
-# %% ../nbs/api/08_metrics.ipynb #cell-91
+# %% ../nbs/api/08_metrics.ipynb #cell-92
 def difference_test(
     statistic: Statistic,   # as from `metric_statistic`
     counts: np.ndarray,     # [queries, draws] how often each bootstrap draw takes each query
@@ -522,7 +525,7 @@ def difference_test(
     extreme = np.abs(permuted) >= abs(b - a) - 1e-12      # the same difference must not be lost to rounding
     return dict(a=a, b=b, difference=b - a, low=low, high=high, p=(1 + extreme.sum()) / (1 + len(extreme)))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-93
+# %% ../nbs/api/08_metrics.ipynb #cell-94
 def holm(
     p: np.ndarray,  # [n] p-values; NaN is left out and stays NaN
 ) -> np.ndarray:  # [n] corrected, never smaller than p
@@ -533,7 +536,7 @@ def holm(
     out[order[:n]] = np.minimum(np.maximum.accumulate(p[order[:n]] * np.arange(n, 0, -1)), 1)
     return out
 
-# %% ../nbs/api/08_metrics.ipynb #cell-95
+# %% ../nbs/api/08_metrics.ipynb #cell-96
 HEADLINE = ('ndcg@10', 'recall@50', 'precision@10', 'ndcg@10_judged', 'auc_2', 'auc_1', 'overlap_2', 'overlap_1')
 
 def compare(

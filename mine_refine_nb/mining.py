@@ -188,8 +188,9 @@ def boundary_tests(
     best_below = pl.col('score').filter(~above).max().over('query_id')
     worst_above = pl.col('score').filter(above).min().over('query_id')
     ideal = (above & listed).sum().over('query_id')
-    positive = above & ((pl.col('score') <= best_below).fill_null(False) | (pl.col('rank') > ideal))
-    return positive, ~above & (pl.col('score') >= worst_above), ~above & worst_above.is_not_null()
+    low, high = pl.col('score') <= best_below, pl.col('score') >= worst_above   # null where that side is empty
+    return (above & (low.fill_null(False) | (pl.col('rank') > ideal)), ~above & high.fill_null(False),
+            ~above & worst_above.is_not_null())
 
 # %% ../nbs/api/11_mining.ipynb #cell-33
 def hard_samples(

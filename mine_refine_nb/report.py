@@ -167,7 +167,7 @@ th { font-weight: 600 } thead th { color: var(--soft); white-space: nowrap }
 td.n, th.n { text-align: right; white-space: nowrap }
 table table { font-size: 13px } table table tr:last-child > * { border-bottom: 0 }
 .pairs > tbody > tr > th { color: var(--soft); font-weight: 500; white-space: nowrap }
-td { overflow-wrap: anywhere; min-width: 3em } td.title { min-width: 16em }
+.pairs td { overflow-wrap: anywhere; min-width: 9em } td.title { min-width: 16em }
 small { display: block; color: var(--soft); white-space: nowrap }
 .gain { color: var(--gain) } .loss { color: var(--loss) }
 details { border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; margin: 8px 0 }

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OBJECTIVE', 'query_lists', 'is_rich', 'endless', 'ListSampler', 'sample_products', 'grade_matrix', 'ListCollator',
            'ScoreMatrixLoss', 'validation_sample', 'GradedEvaluator', 'Recipe', 'freeze_embeddings',
-           'training_arguments', 'training_history', 'train']
+           'training_arguments', 'LossBar', 'quieten', 'training_history', 'train']
 
 # %% ../nbs/api/09_training.ipynb #cell-3
 from collections import Counter
@@ -22,7 +22,9 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import nn
-from transformers import EarlyStoppingCallback
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from .data import RelevanceData, candidates, product_text
 from .encoder import embed, fast_dtype
@@ -276,6 +278,31 @@ def training_arguments(
     )  # fmt: skip
 
 # %% ../nbs/api/09_training.ipynb #cell-39
+class LossBar(ProgressCallback):
+    "The trainer's bar, with the loss beside it instead of a line per log."
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        "Called by the trainer."
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        "Called by the trainer."
+        if self.training_bar is not None and metrics:
+            self.training_bar.set_description(f"validation {metrics.get('eval_objective', float('nan')):.4f}")
+
+
+def quieten(
+    trainer: SentenceTransformerTrainer,
+    progress: bool,  # show the bar
+) -> None:
+    "Replace the trainer's printing by one bar, and skip its model card, whose examples would be our ids."
+    for callback in (ProgressCallback, PrinterCallback, SentenceTransformerModelCardCallback):
+        trainer.remove_callback(callback)
+    if progress:
+        trainer.add_callback(LossBar)
+
+# %% ../nbs/api/09_training.ipynb #cell-41
 def training_history(
     log: list[dict],  # the trainer's `state.log_history`
 ) -> pl.DataFrame:  # step, name, value
@@ -289,7 +316,7 @@ def training_history(
     ]
     return pl.DataFrame(rows, schema={"step": pl.Int64, "name": pl.String, "value": pl.Float64}, orient="row").unique(maintain_order=True)
 
-# %% ../nbs/api/09_training.ipynb #cell-42
+# %% ../nbs/api/09_training.ipynb #cell-44
 def train(
     model: SentenceTransformer,  # trained in place
     data: RelevanceData,  # train and validation splits, catalogue
@@ -318,7 +345,8 @@ def train(
         data_collator=ListCollator(model, product_text(data.products).to_list(), recipe.products, seed=recipe.seed),
         callbacks=[EarlyStoppingCallback(recipe.patience)] if validate else [],
     )
-    trainer.train(resume_from_checkpoint=has_checkpoint(checkpoints) if resume else None)
+    quieten(trainer, progress)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None)
     if validate and (trainer.state.best_metric or 0) <= first["objective"]:
         model.load_state_dict(before, strict=False)
     freeze_embeddings(model, frozen=False)

@@ -108,7 +108,7 @@ def test_languages(market):
     queries = {locale: group["query"] for (locale,), group in market.data.queries.group_by("locale")}
     assert queries["ja"].str.contains(KANA_OR_KANJI).all() and queries["es"].str.contains("[áéíóúñü]").any()
     assert market.data.products["category"].str.split(" > ").list.len().eq(3).all()
-    assert not titles["es"].str.contains(r", \d,").any()    # a decimal comma is no separator
+    assert not titles["es"].str.contains(r", \d, ").any()    # a decimal comma is no separator
 
 
 @pytest.mark.parametrize("locale", mk.LOCALES)
@@ -158,7 +158,7 @@ def test_words_alone_do_not_solve_it(seed):
     scored = bm25(mk.simulate(seed=seed))
     for locale in (None, *mk.LOCALES):
         pairs = scored if locale is None else scored.filter(locale=locale)
-        assert .58 < roc_auc_score(pairs["grade"] == 2, pairs["score"]) < .76, locale
+        assert .52 < roc_auc_score(pairs["grade"] == 2, pairs["score"]) < .75, locale
         assert .58 < roc_auc_score(pairs["grade"] >= 1, pairs["score"]) < .78, locale
         lists = [g.select("grade", "score").to_numpy().T for _, g in pairs.group_by("query_id")]
         assert np.mean([ndcg_score([grades], [scores], k=10) for grades, scores in lists]) < .87, locale

@@ -253,6 +253,17 @@ def test_a_query_searches_its_locale_and_a_small_catalogue_is_no_error():
 
 # ------------------------------------------------------------------------------------------ evaluation
 
+def test_equal_scores_rank_in_catalogue_order_in_both_rankings():
+    data = build([('desk lamp', p, g, 'us') for p, g in dict(a=2, z=0, m=1).items()], dict(z='us', m='us', a='us'))
+    emb = embeddings(data, dim=2)
+    emb.products[:] = emb.queries[:] = unit(np.array([[1, 2]]))
+    found = evaluate(emb, data)
+    assert found.run['product_id'].to_list() == ['z', 'm', 'a']
+    by_hand = (1 / np.log2(3) + 3 / 2) / (3 + 1 / np.log2(3))
+    assert found.values['ndcg@10'] == found.values['ndcg@10_judged'] == pytest.approx(by_hand)
+    assert found.values['auc_2'] == .5 and found.values['overlap_2'] == 1
+
+
 def test_an_unjudged_product_costs_the_full_ranking_and_not_the_condensed_one():
     data = build([('desk lamp', 'a', 2, 'us'), ('desk lamp', 'b', 0, 'us')], dict(a='us', b='us', unseen='us'))
     emb = embeddings(data, dim=2)
@@ -316,6 +327,7 @@ def test_metrics_json_is_complete_and_has_no_nan(mixed):
             'f1_1', 'per_locale', 'pairwise', 'definitions', 'queries'} <= set(out)
     assert out['definitions']['gains'] == {'0': 0, '1': 1, '2': 3}
     assert 'grade 2' in out['definitions']['recall_precision']
+    assert found._repr_html_().count('<tr>') > len(found.values)               # shown whole, every locale beside it
     only_irrelevant = build([('desk lamp', 'a', 0, 'us')], dict(a='us'))
     bare = json.loads(json.dumps(evaluate(embeddings(only_irrelevant), only_irrelevant).to_dict(), allow_nan=False))
     assert bare['ndcg@10'] is bare['auc_2'] is bare['per_locale']['us']['threshold_1'] is None

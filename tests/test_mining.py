@@ -104,9 +104,16 @@ def test_equals_brute_force(seed, queries, products, coarse, locales, copies, ma
     assert_same(mine(emb, data, **options), slow(emb, data, **options))
 
 
+@pytest.mark.parametrize('seed', range(8))
+def test_equals_brute_force_with_every_option(seed):
+    emb, data = random_case(seed, queries=12, products=120, per=10, locales=True, copies=10)
+    options = dict(depth=60, window=(2, 50), margin=.3, per_query=12, boundaries=(1, 2))
+    assert_same(mine(emb, data, **options), slow(emb, data, **options))
+
+
 def test_equals_brute_force_at_real_width():
     "Copies of one vector, far apart in a catalogue of 900: float32 products of them differ in the last digit."
-    emb, data = random_case(1, queries=70, products=900, dim=96, per=20, copies=300, locales=True)
+    emb, data = random_case(1, queries=24, products=900, dim=96, per=20, copies=300, locales=True)
     options = dict(depth=60, window=(1, 40), margin=None, per_query=7, boundaries=(1, 2))
     assert_same(mine(emb, data, **options), slow(emb, data, **options))
 
@@ -161,6 +168,39 @@ def test_grade_one_has_no_fixed_role():
     one, both = mine(emb, data), mine(emb, data, boundaries=(1, 2))
     assert one.rows.filter(product_id='p1')['kind'].to_list() == ['hard_negative']
     assert both.rows.filter(product_id='p1')['kind'].to_list() == ['hard_negative', 'hard_positive']
+
+
+def test_a_boundary_with_an_empty_side_says_nothing():
+    "No grade 2 was judged: boundary 2 cannot call the 0 hard, and at boundary 1 it is in its place."
+    emb, data = make([[1, 0]], [[1, .1], [1, .2]], [(0, 0, 1), (0, 1, 0)])
+    assert len(mine(emb, data, boundaries=(1, 2)).rows) == 0
+    reasons = mine(emb, data, boundaries=(2,)).report.filters
+    assert reasons.filter(reason='nothing better judged')['removed'].to_list() == [2]
+
+
+def test_margin_counts_from_the_best_relevant_product():
+    "Not from a better scored product of grade 1; and a query without a relevant product keeps all."
+    p = [[1, .1], [1, .2], [1, .3], [1, .6], [1, 2]]
+    emb, data = make([[1, 0]] * 2, p, [(0, 0, 1), (0, 2, 2), (1, 0, 1)])
+    pending = mine(emb, data, margin=.12).rows.filter(kind='pending')
+    assert pending.filter(query_id='q000')['product_id'].to_list() == ['p1', 'p3']
+    assert pending.filter(query_id='q001')['product_id'].to_list() == ['p1', 'p2', 'p3', 'p4']
+
+
+def test_short_queries_are_those_with_one_too_few():
+    emb, data = make([[1, 0]] * 2, [[1, i / 10] for i in range(5)], [(0, 0, 2), (1, 0, 2), (1, 1, 2)])
+    report = mine(emb, data, per_query=4).report
+    assert report.short.row(0)[3:] == (3, 5, 2, 0, 0) and len(report.short) == 1
+    assert '1 of 2 queries have fewer than 4 pending candidates.' in repr(report)
+    assert len(mine(emb, data, per_query=3).report.short) == 0
+
+
+@pytest.mark.parametrize('depth,window,margin,advised', [
+    (5, (1, 5), None, 'raise the end of `window`'), (20, (1, 20), .001, 'raise `margin`'), (50, (1, 50), None, 'fewer products')])
+def test_the_report_names_the_setting_that_helps(depth, window, margin, advised):
+    emb, data = make([[1, 0]], [[1, i / 10] for i in range(30)], [(0, i, 2) for i in range(3)])
+    lines = repr(mine(emb, data, depth=depth, window=window, margin=margin, per_query=28).report).splitlines()[-2:]
+    assert '1 of 1' in lines[0] and advised in lines[1]
 
 
 @pytest.mark.parametrize('seed', range(6))
@@ -253,6 +293,17 @@ def test_recall_against_flat():
     few, more, flat = (recall_against_flat(emb, data, *bet, k=20)['recall'][0] for bet in
                        [('IVF8,Flat', 'nprobe=1'), ('IVF8,Flat', 'nprobe=8'), ('Flat', '')])
     assert few < .9 and more == flat == 1
+
+
+def test_an_index_that_finds_too_few_shortens_the_list():
+    "One cluster of four searched: its products, each once, and no row made up for the rest."
+    emb, data = random_case(5, queries=8, products=40, dim=8)
+    index = build_index(emb.products, 'IVF4,Flat', 'nprobe=1')
+    rows, scores = search(index, emb.queries, emb.products, 40)
+    assert (rows < 0).any() and (np.isnan(scores) == (rows < 0)).all()
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in rows)
+    mined = mine(emb, data, factory='IVF4,Flat', parameters='nprobe=1', depth=40, window=(1, 40), per_query=40)
+    assert sorted(mined.report.short['window']) == sorted((rows >= 0).sum(axis=1))
 
 
 def test_search_agrees_with_the_metrics():

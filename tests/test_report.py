@@ -1,4 +1,5 @@
 """report.html: complete, offline, and deaf to markup in the data."""
+import dataclasses
 import os
 import re
 import shutil
@@ -208,3 +209,13 @@ def test_page_in_a_browser(tmp_path):
     assert width == 390, 'wider than the phone: the page scrolls sideways'
     assert background == 'rgb(20, 23, 26)', 'dark where the reader asks for dark'
     assert len([t for t in titles if t.startswith('Scores per grade')]) == 1 and len(titles) == 7
+
+
+def test_nested_values_are_shown_in_full_or_say_what_is_missing():
+    @dataclasses.dataclass
+    class Mining:
+        filters: pl.DataFrame
+        settings: dict
+    shown = report.plain(Mining(pl.DataFrame(dict(removed=range(60))), dict(k=50, half=True, none=None)))
+    text = Reader(str(report.environment().get_template('macros').module.nested(shown))).text
+    assert 'and 10 more rows' in text and 'half yes' in text and 'none –' in text and ' 49 ' in text and ' 50 and' not in text

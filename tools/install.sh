@@ -22,7 +22,7 @@ if ! [ -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2
     fi
 fi
 echo "Installing into .venv (once, a few minutes) ..."
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --use-pep517 \
+.venv/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 \
     --constraint constraints.txt --editable '.[dev]'
 .venv/bin/python tools/check_install.py
 touch .venv/.installed

@@ -1,0 +1,121 @@
+"""`mine-refine` as a user meets it: a whole run, what it leaves behind, and what it says to mistakes."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from mine_refine_nb.pipeline import HEADLINE
+
+COMMAND = Path(sys.executable).with_name("mine-refine")
+ESCI = Path(__file__).resolve().parents[2] / "shared" / "data" / "esci"
+SMOKE = ["--preset", "smoke", "--backbone", "all-MiniLM-L6-v2"]
+
+
+def call(*arguments, code=0):
+    done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "market"
+    done = call("run", "market", "--out", out, *SMOKE)
+    assert "stage2" in done.stdout and str(out / "report.html") in done.stdout.replace("\n", "")
+    return out
+
+
+def test_a_run_leaves_what_the_contract_names(folder):
+    for name in ("run.json", "metrics.json", "report.html", "mined.parquet", "thresholds.json", "stage1", "model"):
+        assert (folder / name).exists(), name
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("checkpoint-*"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for stage in ("pretrained", "stage1", "stage2"):
+        assert set(HEADLINE) <= set(metrics[stage]) and set(metrics[stage]["per_locale"]) == {"en", "es", "ja"}
+        assert all(0 <= metrics[stage][name] <= 1 for name in HEADLINE)
+    rows = metrics["comparisons"]["stage2 vs pretrained"]
+    for row in rows:
+        assert row["difference"] == pytest.approx(metrics["stage2"][row["metric"]] - metrics["pretrained"][row["metric"]])
+    assert "gains" in json.dumps(metrics["definitions"])
+    record = json.loads((folder / "run.json").read_text())
+    assert record["request"]["seed"] == 0 and len(record["seconds"]) == 8 and record["versions"]["torch"]
+    thresholds = json.loads((folder / "thresholds.json").read_text())
+    assert thresholds["stage2"]["grade >= 1"]["threshold"] <= thresholds["stage2"]["grade >= 2"]["threshold"] + 0.2
+
+
+def test_both_models_load_plainly_and_differ(folder):
+    first, second = (SentenceTransformer(str(folder / name)) for name in ("stage1", "model"))
+    assert first.encode_query(["phone case"]).shape == second.encode_query(["phone case"]).shape == (1, 384)
+
+
+def test_a_finished_run_is_not_repeated(folder):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "run.json"}
+    done = call("run", "market", "--out", folder, *SMOKE, "--resume")
+    assert done.stderr.count("done before") == 8 and "stage2" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_stopped_run_goes_on(folder):
+    record = json.loads((folder / "run.json").read_text())
+    del record["seconds"]["report"]
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.json").unlink()
+    done = call("run", "market", "--out", folder, *SMOKE, "--resume")
+    assert done.stderr.count("done before") == 7 and (folder / "metrics.json").exists()
+
+
+def test_a_folder_in_use_is_not_overwritten(folder):
+    assert "--resume" in call("run", "market", "--out", folder, *SMOKE, code=2).stderr
+    assert "seed" in call("run", "market", "--out", folder, *SMOKE, "--resume", "--seed", 1, code=2).stderr
+
+
+def test_search_answers_with_scores_and_verdicts(folder):
+    shown = call("search", folder, "phone case", "-k", 3, "--locale", "en").stdout
+    assert "verdict" in shown and "case" in shown.lower()
+    assert "no finished run" in call("search", folder / "nothing", "x", code=2).stderr
+    assert "empty" in call("search", folder, " ", code=2).stderr
+
+
+def test_simulate_then_evaluate(tmp_path):
+    made = call("simulate", tmp_path / "market", "--products", 200, "--queries", 48, "--locales", "en,es").stdout
+    assert "200 products" in made
+    assert "not empty" in call("simulate", tmp_path / "market", code=2).stderr
+    call("evaluate", "all-MiniLM-L6-v2", tmp_path / "market", "--json", tmp_path / "numbers.json")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert set(HEADLINE) <= set(numbers) and set(numbers["per_locale"]) == {"en", "es"}
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["run", "nowhere", "--out", "x"], "nowhere"),
+    (["run", "market", "--out", "x", "--backbone", "e5-smal"], "packaged ones are"),
+    (["evaluate", "all-MiniLM-L6-v2", "nowhere"], "nowhere"),
+    (["simulate", "x", "--locales", "en,fr"], "fr"),
+])
+def test_mistakes_end_in_one_line(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call(*arguments, code=2)
+    assert says in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "x" / "metrics.json").exists()
+
+
+def test_broken_data_is_named_and_nothing_is_written(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    pl.DataFrame({"product_id": ["1", "2"], "title": ["pan", "pot"]}).write_csv(data / "products.csv")
+    pl.DataFrame({"query": ["pan", "pot"], "product_id": ["1", "9"], "grade": [2, 1]}).write_csv(data / "judgments.csv")
+    done = call("run", data, "--out", tmp_path / "out", *SMOKE, code=2)
+    assert "judgments.csv" in done.stderr and "9" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_unknown_options_name_the_choices():
+    assert "smoke" in call("run", "market", "--out", "x", "--preset", "quik", code=2).stderr
+
+
+@pytest.mark.skipif(not ESCI.exists(), reason="the ESCI sample is not beside this checkout (../shared/data/esci)")
+def test_esci_in_its_published_layout(tmp_path):
+    call("run", ESCI, "--out", tmp_path / "esci", *SMOKE)
+    metrics = json.loads((tmp_path / "esci" / "metrics.json").read_text())
+    assert set(metrics["stage2"]["per_locale"]) == {"us", "es", "jp"} or "us" in metrics["stage2"]["per_locale"]
