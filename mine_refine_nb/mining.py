@@ -22,7 +22,7 @@ from .grades import UNJUDGED, Grade
 from .metrics import SCORE_STEPS
 
 # %% auto #0
-__all__ = ['ROWS', 'REASONS', 'REPORT', 'check_vectors', 'order_keys', 'read_keys', 'build_index', 'rescore', 'search',
+__all__ = ['ROWS', 'REASONS', 'PLAIN', 'REPORT', 'check_vectors', 'order_keys', 'read_keys', 'build_index', 'rescore', 'search',
            'exact_ranks', 'rank_judged', 'first_reason', 'boundary_tests', 'hard_samples', 'list_catalogue',
            'pending_samples', 'count_removed', 'score_table', 'short_queries', 'advice', 'MiningReport', 'report_parts',
            'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'assemble', 'check_labels', 'apply_grades',
@@ -80,8 +80,9 @@ def build_index(
         if parameters: faiss.ParameterSpace().set_index_parameters(index, parameters)
     except RuntimeError as error:
         reason = re.split(r'\.cpp:\d+: |failed: ', str(error))[-1].strip()
-        raise ValueError(f'FAISS cannot build {factory!r} {parameters} over {len(products)} vectors of {products.shape[1]} '
-                         f"dimensions: {reason}. Use 'Flat', or fewer clusters than products of the smallest locale") from error
+        raise ValueError(f'FAISS cannot build {factory!r} {parameters} over {len(products)} vectors of '
+                         f"{products.shape[1]} dimensions: {reason}. Use 'Flat', or fewer clusters than products of the "
+                         'smallest locale') from error
     return index
 
 # %% ../nbs/api/11_mining.ipynb #cell-19
@@ -192,7 +193,7 @@ def boundary_tests(
     return (above & (low.fill_null(False) | (pl.col('rank') > ideal)), ~above & high.fill_null(False),
             ~above & worst_above.is_not_null())
 
-# %% ../nbs/api/11_mining.ipynb #cell-33
+# %% ../nbs/api/11_mining.ipynb #cell-34
 def hard_samples(
     judged: pl.DataFrame,           # as from `rank_judged`
     boundaries: tuple[int, ...] = (2,),  # grade boundaries to mine
@@ -204,11 +205,12 @@ def hard_samples(
     marked = judged.with_columns(
         positive=first_reason('hard_positive', absent, ~positive),
         negative=first_reason('hard_negative', absent, ~facing, ~negative, pl.col('rank') > depth))
-    above = marked.filter(pl.col('grade') >= min(boundaries)).with_columns(kind=pl.lit('hard_positive'), removed='positive')
-    below = marked.filter(pl.col('grade') < max(boundaries)).with_columns(kind=pl.lit('hard_negative'), removed='negative')
-    return pl.concat([above, below]).drop('positive', 'negative')
+    above = marked.filter(pl.col('grade') >= min(boundaries))
+    below = marked.filter(pl.col('grade') < max(boundaries))
+    return pl.concat([above.with_columns(kind=pl.lit('hard_positive'), removed='positive'),
+                      below.with_columns(kind=pl.lit('hard_negative'), removed='negative')]).drop('positive', 'negative')
 
-# %% ../nbs/api/11_mining.ipynb #cell-38
+# %% ../nbs/api/11_mining.ipynb #cell-39
 def list_catalogue(
     emb: Embeddings,        # of one model
     data: RelevanceData,    # whose queries are searched
@@ -225,13 +227,13 @@ def list_catalogue(
         queries = np.ascontiguousarray(emb.queries[[query_at[q] for q in group['query_id']]], dtype=np.float32)
         found, scores = search(build_index(products, factory, parameters), queries, products, depth)
         count = found.shape[1]
-        frame = group.select('query_id', 'query', 'locale')[np.repeat(np.arange(len(group)), count)].with_columns(
-            product_id=pl.Series(names[rows[found.ravel()]], dtype=pl.String), score=scores.ravel(),
-            rank=np.tile(np.arange(1, count + 1), len(group)))
-        parts.append(frame.filter(found.ravel() >= 0).select('query_id', 'query', 'product_id', 'locale', 'score', 'rank'))
+        frame = group.select('query_id', 'query', 'locale')[np.repeat(np.arange(len(group)), count)]
+        parts.append(frame.select(
+            'query_id', 'query', pl.Series('product_id', names[rows[found.ravel()]], pl.String), 'locale',
+            score=scores.ravel(), rank=np.tile(np.arange(1, count + 1), len(group))).filter(found.ravel() >= 0))
     return pl.concat(parts) if parts else pl.DataFrame(schema=ROWS).drop('grade', 'kind', 'source')
 
-# %% ../nbs/api/11_mining.ipynb #cell-40
+# %% ../nbs/api/11_mining.ipynb #cell-41
 def pending_samples(
     listed: pl.DataFrame,     # as from `list_catalogue`
     judged: pl.DataFrame,     # as from `rank_judged`
@@ -246,7 +248,8 @@ def pending_samples(
     best = judged.filter(pl.col('grade') >= Grade.RELEVANT).group_by('query_id').agg(best=pl.col('score').max())
     rows = (listed.filter(pl.col('rank').is_between(*window)).sort('query_id', 'rank')
             .join(judged.select('query_id', 'product_id', seen=pl.lit(True)), on=['query_id', 'product_id'], how='left')
-            .join(texts, on='product_id', how='left').join(known, on=keys, how='left').join(best, on='query_id', how='left'))
+            .join(texts, on='product_id', how='left').join(known, on=keys, how='left')
+            .join(best, on='query_id', how='left'))
     seen, known = pl.col('seen').is_not_null(), pl.col('known').is_not_null()
     far = pl.lit(False) if margin is None else (pl.col('score') < pl.col('best') - margin).fill_null(False)
     repeated = ~pl.struct(keys).is_first_distinct()
@@ -254,30 +257,32 @@ def pending_samples(
     return rows.with_columns(grade=pl.lit(UNJUDGED, pl.Int8), kind=pl.lit('pending'), removed=first_reason(
         'pending', seen, known, repeated, far, taken > per_query)).drop('seen', 'text', 'known', 'best')
 
-# %% ../nbs/api/11_mining.ipynb #cell-43
+# %% ../nbs/api/11_mining.ipynb #cell-44
 def count_removed(
     samples: pl.DataFrame,  # kind, removed
 ) -> pl.DataFrame:  # kind, reason, removed, left: a row 'candidates' first, then every filter in its order
     "How many candidates each filter removed; the last `left` of a kind is what was kept."
     steps = [(kind, why) for kind, reasons in REASONS.items() for why in ('candidates', *reasons)]
-    total, removed = samples.group_by('kind').agg(total=pl.len()), samples.group_by('kind', reason='removed').len('removed')
+    total = samples.group_by('kind').agg(total=pl.len())
+    removed = samples.group_by('kind', reason='removed').len('removed')
     return (pl.DataFrame(steps, schema=['kind', 'reason'], orient='row')
-            .join(removed, on=['kind', 'reason'], how='left', maintain_order='left').join(total, on='kind', how='left',
-                                                                                         maintain_order='left')
+            .join(removed, on=['kind', 'reason'], how='left', maintain_order='left')
+            .join(total, on='kind', how='left', maintain_order='left')
             .with_columns(pl.col('removed', 'total').fill_null(0).cast(pl.Int64))
             .select('kind', 'reason', 'removed', left=pl.col('total') - pl.col('removed').cum_sum().over('kind')))
 
-# %% ../nbs/api/11_mining.ipynb #cell-45
+# %% ../nbs/api/11_mining.ipynb #cell-47
 def score_table(
     rows: pl.DataFrame,  # kind, grade, score
 ) -> pl.DataFrame:  # kind, grade, pairs, lowest, q25, median, q75, highest
     "Where the scores of each kind and grade lie."
     score = pl.col('score')
     return rows.group_by('kind', 'grade').agg(
-        pairs=score.count().cast(pl.Int64), lowest=score.min(), q25=score.quantile(.25, 'linear'), median=score.median(),
-        q75=score.quantile(.75, 'linear'), highest=score.max()).sort('kind', 'grade', descending=[False, True])
+        pairs=score.count().cast(pl.Int64), lowest=score.min(), q25=score.quantile(.25, 'linear'),
+        median=score.median(), q75=score.quantile(.75, 'linear'), highest=score.max()
+    ).sort('kind', 'grade', descending=[False, True])
 
-# %% ../nbs/api/11_mining.ipynb #cell-47
+# %% ../nbs/api/11_mining.ipynb #cell-50
 def short_queries(
     pending: pl.DataFrame,  # as from `pending_samples`
     queries: pl.DataFrame,  # query_id, query, locale: all that were mined
@@ -292,7 +297,7 @@ def short_queries(
             .with_columns(pl.selectors.numeric().fill_null(0).cast(pl.Int64))
             .filter(pl.col('found') < per_query).sort('found', 'query_id'))
 
-# %% ../nbs/api/11_mining.ipynb #cell-50
+# %% ../nbs/api/11_mining.ipynb #cell-53
 def advice(
     short: pl.DataFrame,  # as from `short_queries`
     settings: dict,       # of the mining run
@@ -301,15 +306,14 @@ def advice(
     if not len(short): return []
     first, last = settings['window']
     small, far = pl.col('window') < last - first + 1, pl.col('beyond_margin') > 0
-    count = {name: len(short.filter(test)) for name, test in dict(small=small, far=~small & far, rest=~small & ~far).items()}
-    lines = [f"{len(short)} of {settings['queries']} queries have fewer than {settings['per_query']} pending candidates."]
-    if count['small']: lines.append(f"{count['small']}: fewer products than the window holds; the catalogue of the locale "
-                                    'is small, or the index finds too few.')
-    if count['far']: lines.append(f"{count['far']}: candidates lost beyond the margin; raise `margin`.")
-    if count['rest']: lines.append(f"{count['rest']}: the window is mostly judged or repeated; raise the end of `window`.")
-    return lines
+    causes = [(small, 'fewer products than the window holds; the catalogue of the locale is small, or the index finds '
+                      'too few.'),
+              (~small & far, 'candidates lost beyond the margin; raise `margin`.'),
+              (~small & ~far, 'the window is mostly judged or repeated; raise the end of `window`.')]
+    return [f"{len(short)} of {settings['queries']} queries have fewer than {settings['per_query']} pending candidates.",
+            *(f'{count}: {cause}' for test, cause in causes if (count := len(short.filter(test))))]
 
-# %% ../nbs/api/11_mining.ipynb #cell-52
+# %% ../nbs/api/11_mining.ipynb #cell-56
 @dataclass(frozen=True, eq=False)
 class MiningReport:
     "What mining did, in counts and scores."
@@ -322,7 +326,9 @@ class MiningReport:
 
     def _repr_html_(self) -> str: return report_html(self)
 
-# %% ../nbs/api/11_mining.ipynb #cell-54
+# %% ../nbs/api/11_mining.ipynb #cell-58
+PLAIN = dict(tbl_rows=-1, tbl_cols=-1, fmt_str_lengths=60, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True)
+
 def report_parts(
     report: MiningReport,
     shown: int = 5,  # short queries to show
@@ -336,20 +342,20 @@ def report_parts(
 
 def report_text(report: MiningReport) -> str: # for a terminal
     "The report as text."
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
+    with pl.Config(**PLAIN, tbl_width_chars=120):
         tables = [f'{title}\n{table}' for title, table in report_parts(report).items()]
-    return '\n\n'.join([', '.join(f'{k}={v}' for k, v in report.settings.items()), *tables,
-                        *advice(report.short, report.settings)])
+    settings = ', '.join(f'{k}={v}' for k, v in report.settings.items())
+    return '\n\n'.join([settings, *tables, '\n'.join(advice(report.short, report.settings))]).rstrip()
 
 
 def report_html(report: MiningReport) -> str: # for a notebook
     "The report as HTML."
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
+    with pl.Config(**PLAIN):
         tables = [f'<p><b>{title}</b></p>{table._repr_html_()}' for title, table in report_parts(report).items()]
     lines = advice(report.short, report.settings) + [', '.join(f'{k}={v}' for k, v in report.settings.items())]
     return ''.join(tables) + ''.join(f'<p>{html.escape(line)}</p>' for line in lines)
 
-# %% ../nbs/api/11_mining.ipynb #cell-56
+# %% ../nbs/api/11_mining.ipynb #cell-60
 @dataclass(frozen=True, eq=False)
 class Mined:
     "Mined samples with provenance, and the report of the mining."
@@ -367,7 +373,7 @@ class Mined:
 
     def _repr_html_(self) -> str: return f'<p>{html.escape(repr(self))}</p>{self.report._repr_html_()}'
 
-# %% ../nbs/api/11_mining.ipynb #cell-57
+# %% ../nbs/api/11_mining.ipynb #cell-62
 def check_settings(
     depth: int, window: tuple[int, int], per_query: int, boundaries: tuple[int, ...], # as in `mine`
 ) -> None:
@@ -379,7 +385,7 @@ def check_settings(
         raise ValueError(f'mining: boundaries {tuple(boundaries)} must be some of {tuple(range(1, max(Grade) + 1))}: '
                          'grades from the boundary up stand against all lower ones')
 
-# %% ../nbs/api/11_mining.ipynb #cell-58
+# %% ../nbs/api/11_mining.ipynb #cell-64
 def mine(
     emb: Embeddings,        # the split's queries and all products, by the encoder to refine
     data: RelevanceData,
@@ -408,7 +414,7 @@ def mine(
                     boundaries=list(boundaries))
     return assemble(hard_samples(judged, boundaries, depth), pending, judged, part, settings)
 
-# %% ../nbs/api/11_mining.ipynb #cell-59
+# %% ../nbs/api/11_mining.ipynb #cell-66
 def assemble(
     hard: pl.DataFrame,     # as from `hard_samples`
     pending: pl.DataFrame,  # as from `pending_samples`
@@ -424,7 +430,7 @@ def assemble(
     return Mined(rows, MiningReport(count_removed(samples), short_queries(pending, data.queries, settings['per_query']),
                                     scores, settings))
 
-# %% ../nbs/api/11_mining.ipynb #cell-69
+# %% ../nbs/api/11_mining.ipynb #cell-76
 def check_labels(
     rows: pl.DataFrame,    # of a `Mined`
     labels: pl.DataFrame,  # query_id, product_id, grade, source
@@ -444,7 +450,7 @@ def check_labels(
         if len(wrong): raise ValueError(f'{len(wrong)} of {len(labels)} {what} (first: query_id '
                                         f"{wrong['query_id'][0]}, product_id {wrong['product_id'][0]})")
 
-# %% ../nbs/api/11_mining.ipynb #cell-70
+# %% ../nbs/api/11_mining.ipynb #cell-78
 def apply_grades(
     mined: Mined,
     labels: pl.DataFrame,  # query_id, product_id, grade (-1 or null: could not be graded), source
@@ -461,7 +467,7 @@ def apply_grades(
         'kind', 'grade', descending=[False, True])
     return Mined(rows, replace(mined.report, scores=scores))
 
-# %% ../nbs/api/11_mining.ipynb #cell-73
+# %% ../nbs/api/11_mining.ipynb #cell-81
 REPORT = dict(
     filters=dict(kind=pl.String, reason=pl.String, removed=pl.Int64, left=pl.Int64),
     short=dict(query_id=pl.String, query=pl.String, locale=pl.String, found=pl.Int64, window=pl.Int64, judged=pl.Int64,
@@ -478,13 +484,14 @@ def save_mined(
     frames = {name: getattr(report, name).to_dict(as_series=False) for name in REPORT}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    content = json.dumps(frames | dict(settings=report.settings))
     try:
-        mined.rows.write_parquet(temporary, metadata={'mining_report': json.dumps(frames | dict(settings=report.settings))})
+        mined.rows.write_parquet(temporary, metadata={'mining_report': content})
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/api/11_mining.ipynb #cell-74
+# %% ../nbs/api/11_mining.ipynb #cell-83
 def load_mined(
     path: str | Path,  # as written by `save_mined`
 ) -> Mined:
@@ -497,7 +504,7 @@ def load_mined(
     frames = {name: pl.DataFrame(found[name], schema=schema) for name, schema in REPORT.items()}
     return Mined(rows, MiningReport(**frames, settings=found['settings']))
 
-# %% ../nbs/api/11_mining.ipynb #cell-77
+# %% ../nbs/api/11_mining.ipynb #cell-86
 def recall_against_flat(
     emb: Embeddings,        # of one model
     data: RelevanceData,

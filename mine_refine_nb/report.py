@@ -120,6 +120,7 @@ class Table:
     "A frame on its way into the template."
     columns: list[str]  # headings
     rows: list[tuple]  # cells, as text
+    more: int = 0  # rows that are not shown
 
 # %% ../nbs/api/15a_report.ipynb #cell-27
 def plain(
@@ -128,7 +129,8 @@ def plain(
 ): # nested dicts, lists, Tables and text
     "A value as the template can show it."
     if isinstance(value, pl.DataFrame):
-        return Table(value.columns, [tuple(plain(v) for v in row) for row in value.head(rows).iter_rows()])
+        return Table(value.columns, [tuple(plain(v) for v in row) for row in value.head(rows).iter_rows()],
+                     max(len(value) - rows, 0))
     if dataclasses.is_dataclass(value): return plain(dataclasses.asdict(value))
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -192,7 +194,7 @@ MACROS = """
 {%- elif value is table -%}
 <div class="scroll"><table><thead><tr>{% for name in value.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in value.rows %}<tr>{% for cell in row %}<td>{{ nested(cell) }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
+{% endfor %}</tbody></table>{% if value.more %}<small>and {{ value.more }} more rows</small>{% endif %}</div>
 {%- elif value is string -%}{{ value }}
 {%- elif value and value[0] is string -%}{{ value | join(', ') }}
 {%- else -%}{% for item in value %}<div>{{ nested(item) }}</div>{% else %}–{% endfor %}
@@ -428,7 +430,7 @@ def story_context(
     run: dict, # content of run.json
     histories: dict[str, pl.DataFrame], # stage -> step, name, value; may be empty
     data, # RelevanceData
-    mining: dict | None, # report of the mining step
+    mining, # report of the mining step, or None
 ) -> dict: # names that the other parts of the page use
     "How the run came about: training, mining, data, configuration."
     curves = [embed(plot_training(h, stage), f'training-{i}')
@@ -463,7 +465,7 @@ def write_report(
     comparisons: dict[str, pl.DataFrame], # 'stage2 vs pretrained' -> frame of metrics.compare; may be empty
     histories: dict[str, pl.DataFrame], # stage -> step, name, value; may be empty
     data, # data.RelevanceData that the run used
-    mining: dict | None = None, # report of the mining step
+    mining=None, # report of the mining step: a dataclass, mapping or frame, shown as it is
     metric: str = 'ndcg@10', # column of per_query that picks the queries to look at
 ) -> Path: # the written file
     "Write the HTML report of a run: one file of about 5 MB that opens without a network."

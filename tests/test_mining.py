@@ -14,7 +14,7 @@ from mine_refine_nb.mining import (ROWS, Mined, apply_grades, build_index, exact
                                    search)
 
 TEXT = dict.fromkeys(('product_id', 'title', 'category', 'brand', 'description', 'locale'), pl.String)
-PAIRS = dict(query_id=pl.String, query=pl.String, product_id=pl.String, grade=pl.Int8, locale=pl.String, split=pl.String)
+PAIRS = dict.fromkeys(('query_id', 'query', 'product_id', 'grade', 'locale', 'split'), pl.String) | dict(grade=pl.Int8)
 
 
 def unit(x):
@@ -28,8 +28,8 @@ def make(queries, products, judged, titles=None, locales=None, query_locales=Non
     locales, query_locales = locales or [None] * len(products), query_locales or [None] * len(queries)
     catalogue = pl.DataFrame([dict(product_id=f'p{i}', title=t, locale=where) for i, (t, where) in
                               enumerate(zip(titles, locales))], schema=TEXT)
-    pairs = pl.DataFrame([(f'q{q:03}', f'query {q}', f'p{p}', grade, query_locales[q], split) for q, p, grade in judged],
-                         schema=PAIRS, orient='row')
+    rows = [(f'q{q:03}', f'query {q}', f'p{p}', grade, query_locales[q], split) for q, p, grade in judged]
+    pairs = pl.DataFrame(rows, schema=PAIRS, orient='row')
     data = RelevanceData(catalogue, pairs, name='made')
     emb = Embeddings([f'q{i:03}' for i in range(len(queries))], unit(queries), [f'p{i}' for i in range(len(products))],
                      unit(products))
@@ -39,8 +39,8 @@ def make(queries, products, judged, titles=None, locales=None, query_locales=Non
 def random_case(seed, queries=5, products=30, dim=4, per=8, copies=0, coarse=False, locales=False):
     "A random shop; `copies` products share one vector, `coarse` vectors make many equal scores."
     rng = np.random.default_rng(seed)
-    draw = (lambda *shape: rng.integers(-1, 2, shape) + [.5] + np.zeros(shape)) if coarse else (lambda *shape: rng.normal(size=shape))
-    q, p = draw(queries, dim), draw(products, dim)
+    draw = (lambda shape: rng.integers(-1, 2, shape) + .5) if coarse else (lambda shape: rng.normal(size=shape))
+    q, p = draw((queries, dim)), draw((products, dim))
     if copies: p[rng.choice(products, min(copies, products), False)] = q[0]
     judged = [(i, int(j), int(rng.integers(0, 3))) for i in range(queries)
               for j in rng.choice(products, min(per, products), False)]
@@ -85,7 +85,8 @@ def slow(emb, data, depth, window, margin, per_query, boundaries):
 
 
 def as_dict(mined):
-    return {(r['query_id'], r['product_id'], r['kind']): (r['rank'], r['score']) for r in mined.rows.iter_rows(named=True)}
+    rows = mined.rows.select('query_id', 'product_id', 'kind', 'rank', 'score').iter_rows()
+    return {tuple(key): (rank, score) for *key, rank, score in rows}
 
 
 def assert_same(mined, expected):
@@ -97,10 +98,12 @@ def assert_same(mined, expected):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 40), st.booleans(), st.booleans(), st.integers(0, 12),
-       st.sampled_from([None, .0123, .4567]), st.sampled_from([(1,), (2,), (1, 2)]), st.integers(1, 60), st.integers(0, 5))
+       st.sampled_from([None, .0123, .4567]), st.sampled_from([(1,), (2,), (1, 2)]), st.integers(1, 60),
+       st.integers(0, 5))
 def test_equals_brute_force(seed, queries, products, coarse, locales, copies, margin, boundaries, depth, per_query):
     emb, data = random_case(seed, queries, products, coarse=coarse, locales=locales, copies=copies)
-    options = dict(depth=depth, window=(min(2, depth), depth), margin=margin, per_query=per_query, boundaries=boundaries)
+    options = dict(depth=depth, window=(min(2, depth), depth), margin=margin, per_query=per_query,
+                   boundaries=boundaries)
     assert_same(mine(emb, data, **options), slow(emb, data, **options))
 
 
@@ -137,7 +140,7 @@ def test_list_longer_than_the_catalogue():
 
 @pytest.mark.parametrize('shift', [0, 5])
 def test_equal_scores_stand_in_catalogue_order(shift):
-    "A hundred copies of the best product: whatever FAISS returns at its cut, the first rows of the catalogue are listed."
+    "A hundred copies of the best product: whatever FAISS keeps at its cut, the first rows of the catalogue are listed."
     p = np.tile([[1., 0.]], (100 + shift, 1))
     p[:shift] = [0., 1.]
     emb, data = make([[1, .2]], p, [(0, shift + 99, 2)])
@@ -159,7 +162,8 @@ def test_negative_scores():
     emb, data = make([[1, 0]], p, [(0, 1, 2), (0, 0, 0)])
     mined = mine(emb, data, margin=.03)
     assert (mined.rows['score'] < 0).all()
-    assert as_dict(mined).keys() == {('q000', 'p1', 'hard_positive'), ('q000', 'p0', 'hard_negative'), ('q000', 'p2', 'pending')}
+    kinds = dict(mined.rows.select('product_id', 'kind').iter_rows())
+    assert kinds == dict(p0='hard_negative', p1='hard_positive', p2='pending')
     assert mined.report.filters.filter(reason='beyond margin')['removed'].to_list() == [2]
 
 
@@ -196,7 +200,8 @@ def test_short_queries_are_those_with_one_too_few():
 
 
 @pytest.mark.parametrize('depth,window,margin,advised', [
-    (5, (1, 5), None, 'raise the end of `window`'), (20, (1, 20), .001, 'raise `margin`'), (50, (1, 50), None, 'fewer products')])
+    (5, (1, 5), None, 'raise the end of `window`'), (20, (1, 20), .001, 'raise `margin`'),
+    (50, (1, 50), None, 'fewer products')])
 def test_the_report_names_the_setting_that_helps(depth, window, margin, advised):
     emb, data = make([[1, 0]], [[1, i / 10] for i in range(30)], [(0, i, 2) for i in range(3)])
     lines = repr(mine(emb, data, depth=depth, window=window, margin=margin, per_query=28).report).splitlines()[-2:]
@@ -209,7 +214,8 @@ def test_counts_are_honest(seed):
     mined = mine(emb, data, depth=50, window=(3, 30), margin=.5, per_query=4, boundaries=(1, 2))
     catalogue = {where: len([o for o in data.products['locale'] if where is None or o in (None, where)])
                  for where in data.queries['locale'].unique()}
-    candidates = dict(hard_positive=(data.judgments['grade'] >= 1).sum(), hard_negative=(data.judgments['grade'] < 2).sum(),
+    grade = data.judgments['grade']
+    candidates = dict(hard_positive=(grade >= 1).sum(), hard_negative=(grade < 2).sum(),
                       pending=sum(max(0, min(30, catalogue[where]) - 2) for where in data.queries['locale']))
     for kind, count in candidates.items():
         steps, kept = mined.report.filters.filter(kind=kind), len(mined.rows.filter(kind=kind))
@@ -268,7 +274,7 @@ def test_only_the_split_is_mined():
     data = replace(data, judgments=data.judgments.with_columns(split=side))
     assert set(mine(emb, data).rows['query_id']) == {'q000', 'q002', 'q003'}
     assert set(mine(emb, data, 'test').rows['query_id']) == {'q001'}
-    some = Embeddings(emb.query_ids[1:2], emb.queries[1:2], emb.product_ids, emb.products)   # the split's queries suffice
+    some = Embeddings(emb.query_ids[1:2], emb.queries[1:2], emb.product_ids, emb.products)   # its queries suffice
     assert mine(some, data, 'test').rows.equals(mine(emb, data, 'test').rows)
 
 
@@ -278,10 +284,12 @@ def test_the_order_of_judgments_does_not_matter():
     assert mine(emb, data).rows.equals(mine(emb, shuffled).rows)
 
 
-@pytest.mark.parametrize('factory,parameters', [('HNSW16', ''), ('IVF4,Flat', 'nprobe=2'), ('SQ8', ''), ('PCA8,Flat', '')])
+@pytest.mark.parametrize('factory,parameters', [
+    ('HNSW16', ''), ('IVF4,Flat', 'nprobe=2'), ('SQ8', ''), ('PCA8,Flat', '')])
 def test_any_index_leaves_judged_pairs_and_scores_alone(factory, parameters):
     emb, data = random_case(5, queries=8, products=300, dim=16)
-    true, given = mine(emb, data, boundaries=(1, 2)), mine(emb, data, factory=factory, parameters=parameters, boundaries=(1, 2))
+    true = mine(emb, data, boundaries=(1, 2))
+    given = mine(emb, data, factory=factory, parameters=parameters, boundaries=(1, 2))
     assert true.rows.filter(pl.col('kind') != 'pending').equals(given.rows.filter(pl.col('kind') != 'pending'))
     both = true.rows.join(given.rows, on=['query_id', 'product_id', 'kind'])
     assert len(both.filter(kind='pending')) and (both['score'] == both['score_right']).all()
@@ -316,16 +324,18 @@ def test_search_agrees_with_the_metrics():
 def test_ranks_do_not_depend_on_blocks():
     emb, data = random_case(8, queries=130, products=50, copies=9)
     left, right = np.repeat(np.arange(130), 3), np.random.default_rng(0).integers(0, 50, 390)
-    whole, parts = exact_ranks(emb.queries, emb.products, left, right), exact_ranks(emb.queries, emb.products, left, right, block=7)
+    whole, parts = (exact_ranks(emb.queries, emb.products, left, right, block) for block in (8192, 7))
     assert (whole[1] == parts[1]).all() and (whole[0] == parts[0]).all() and whole[1].max() <= 50
 
 
 @pytest.mark.parametrize('change,message', [
     (dict(split='test'), "split 'test' of made has no judgments; the data holds train"),
     (dict(split='tset'), 'tset'),
-    (dict(window=(0, 10)), 'ranks from 1'), (dict(window=(5, 3)), 'first before last'), (dict(window=(1, 50), depth=20), 'depth=20'),
+    (dict(window=(0, 10)), 'ranks from 1'), (dict(window=(5, 3)), 'first before last'),
+    (dict(window=(1, 50), depth=20), 'depth=20'),
     (dict(per_query=-1), 'per_query=-1'), (dict(boundaries=()), 'boundaries'), (dict(boundaries=(0, 3)), 'boundaries'),
-    (dict(factory='Nonsense'), "'Nonsense'.*could not parse"), (dict(factory='IVF64,Flat'), r'over 30 vectors.*clusters \(64\)'),
+    (dict(factory='Nonsense'), "'Nonsense'.*could not parse"),
+    (dict(factory='IVF64,Flat'), r'over 30 vectors.*clusters \(64\)'),
     (dict(parameters='nprobe=3'), 'nprobe'),
 ])
 def test_refuses(change, message):
@@ -335,7 +345,8 @@ def test_refuses(change, message):
 
 def test_refuses_vectors_of_other_data():
     emb, data = random_case(9)
-    cases = [(replace(emb, product_ids=emb.product_ids[::-1]), 'in that order'), (replace(emb, products=emb.products * 3), 'normalise'),
+    cases = [(replace(emb, product_ids=emb.product_ids[::-1]), 'in that order'),
+             (replace(emb, products=emb.products * 3), 'normalise'),
              (replace(emb, query_ids=['x', *emb.query_ids[1:]]), "1 queries have no vector, the first is 'query 0'"),
              (replace(emb, queries=emb.queries * np.nan), 'NaN')]
     for wrong, message in cases:
@@ -344,7 +355,8 @@ def test_refuses_vectors_of_other_data():
 
 def test_split_is_checked_before_vectors():
     emb, data = random_case(9)
-    with pytest.raises(ValueError, match='no judgments at all'): mine(emb, replace(data, judgments=data.judgments.clear()))
+    with pytest.raises(ValueError, match='no judgments at all'):
+        mine(emb, replace(data, judgments=data.judgments.clear()))
 
 
 def labels_of(mined, every=2, grade=2):
@@ -370,7 +382,8 @@ def test_apply_grades_keeps_provenance():
 
 def test_a_failed_label_stays_pending():
     mined = mine(*random_case(10))
-    labels = labels_of(mined, every=1).with_columns(grade=pl.Series([None, -1] + [1] * (len(labels_of(mined, 1)) - 2), dtype=pl.Int8))
+    labels = labels_of(mined, every=1, grade=1)
+    labels = labels.with_columns(grade=pl.Series([None, -1, *labels['grade'][2:]], dtype=pl.Int8))
     graded = apply_grades(mined, labels)
     left = graded.rows.filter(kind='pending')
     assert len(left) == 2 and (left['grade'] == -1).all() and left['source'].is_null().all()
@@ -379,10 +392,11 @@ def test_a_failed_label_stays_pending():
 def test_labels_that_are_refused():
     mined = mine(*random_case(10))
     labels = labels_of(mined)
-    human = mined.rows.filter(kind='hard_negative').head(1).select('query_id', 'product_id', grade=pl.lit(2, pl.Int8), source=pl.lit('a'))
+    human = mined.rows.filter(kind='hard_negative').head(1).with_columns(grade=pl.lit(2, pl.Int8))
     for wrong, message in [
         (labels.drop('source'), 'missing: source'), (pl.concat([labels, labels[:1]]), 'several labels'),
-        (labels.with_columns(grade=pl.lit(7)), 'none of'), (labels.with_columns(source=pl.lit(None, pl.String)), 'no source'),
+        (labels.with_columns(grade=pl.lit(7)), 'none of'),
+        (labels.with_columns(source=pl.lit(None, pl.String)), 'no source'),
         (human, 'never replaced'), (labels.with_columns(product_id=pl.lit('stranger')).head(1), 'not pending'),
     ]:
         with pytest.raises(ValueError, match=message): apply_grades(mined, wrong)

@@ -191,8 +191,8 @@ def test_judged_per_query_bins_long_lists():
 # Comparisons
 
 def per_query(values, query='q'):
-    return pl.DataFrame({'query_id': [str(i) for i in range(len(values))], 'query': [f'{query}{i}' for i in range(len(values))],
-                         'ndcg@10': values})
+    ids = [str(i) for i in range(len(values))]
+    return pl.DataFrame({'query_id': ids, 'query': [query + i for i in ids], 'ndcg@10': values})
 
 
 def test_query_deltas_sorted_signed_and_matched_by_id():
@@ -239,7 +239,8 @@ def test_map_is_a_pca():
     from sklearn.decomposition import PCA
     points, vectors = cloud()
     truth = PCA(2).fit_transform(vectors)
-    where = {t: (x, y) for trace in plots.plot_map(points, vectors).data for t, x, y in zip(trace.text, trace.x, trace.y)}
+    traces = plots.plot_map(points, vectors).data
+    where = {t: (x, y) for trace in traces for t, x, y in zip(trace.text, trace.x, trace.y)}
     drawn = np.array([where[t] for t in points['title']])
     for axis in range(2):
         assert min(np.abs(drawn[:, axis] - sign * truth[:, axis]).max() for sign in (1, -1)) < 1e-2
@@ -268,7 +269,8 @@ def test_every_figure_stays_small_on_large_data():
     table = pl.DataFrame(dict(metric=[f'm{i}' for i in range(12)], difference=rng.random(12), low=rng.random(12),
                               high=rng.random(12), p_corrected=rng.random(12)))
     figures = [plots.plot_strata(many), plots.plot_training(history(50_000)), plots.plot_grade_mix(rows),
-               plots.plot_judged_per_query(rows), plots.plot_query_deltas(a, b), plots.plot_metrics({'x': table, 'y': table}),
+               plots.plot_judged_per_query(rows), plots.plot_query_deltas(a, b),
+               plots.plot_metrics({'x': table, 'y': table}),
                plots.plot_map(points.with_columns(title=pl.lit('a long title ' * 20)), vectors)]
     assert [size(f) < LIMIT for f in figures] == [True] * len(figures), [size(f) for f in figures]
     assert size(figures[0]) < 40_000

@@ -26,8 +26,8 @@ def make_pairs(judged=12):
     rng = np.random.default_rng(0)
     return pl.DataFrame(dict(
         query_id=np.repeat(ids, judged), product_id=[f'p{i}' for i in range(len(ids) * judged)],
-        locale=np.repeat(list(LOCALES), [n * judged for n in LOCALES.values()]), grade=rng.choice([0, 1, 2], len(ids) * judged),
-        listed=[True] * len(ids) * judged))
+        locale=np.repeat(list(LOCALES), [n * judged for n in LOCALES.values()]), listed=[True] * len(ids) * judged,
+        grade=rng.choice([0, 1, 2], len(ids) * judged)))
 
 
 def make_evaluation(gap, ndcg, seed):
@@ -36,12 +36,13 @@ def make_evaluation(gap, ndcg, seed):
     pairs = pairs.with_columns(score=.4 + gap * pl.col('grade') + pl.Series(rng.normal(0, .1, len(pairs))))
     per_query = pairs.select('query_id', 'locale').unique(maintain_order=True)
     per_query = per_query.with_columns(
-        pl.format('search {} ' + HOSTILE, 'query_id').alias('query'), pl.lit(12).alias('judged'), pl.lit(True).alias('listed'),
+        pl.format('search {} ' + HOSTILE, 'query_id').alias('query'), pl.lit(True).alias('listed'),
         pl.Series('ndcg@10', np.clip(rng.normal(ndcg, .15, len(per_query)), 0, 1)))
     run = pairs.with_columns(rank=pl.col('score').rank('ordinal', descending=True).over('query_id'),
                              grade=pl.when(pl.int_range(pl.len()) % 5 == 0).then(-1).otherwise('grade'))
     values = {'ndcg@10': ndcg, 'auc_2': .6 + gap, 'auc_1': .65 + gap, 'recall@50': float('nan'), 'f1_2': .4321}
-    return SimpleNamespace(values=values, pairs=pairs, run=run, per_query=per_query, definitions=dict(overlap='shared area'),
+    return SimpleNamespace(values=values, pairs=pairs, run=run, per_query=per_query,
+                           definitions=dict(overlap='shared area'),
                            per_locale={l: values | dict(queries=n) for l, n in LOCALES.items()},
                            counts=dict(queries=24, judgments=288, min_judged=10))
 
@@ -51,10 +52,12 @@ def make_run():
                           'difference': [.0522, .13, None], 'low': [.0111, -.02, None], 'high': [.0931, .28, None],
                           'p': [.0123, .0002, None], 'p_corrected': [.0246, .0511, None]})
     pairs = make_pairs()
-    history = pl.DataFrame(dict(step=[*range(40), 0, 20], name=['loss'] * 40 + ['ndcg@10'] * 2, value=[1.] * 40 + [.5, .6]))
+    history = pl.DataFrame(dict(step=[*range(40), 0, 20], name=['loss'] * 40 + ['ndcg@10'] * 2,
+                                value=[1.] * 40 + [.5, .6]))
     data = SimpleNamespace(
-        name=f'market {HOSTILE}', judgments=pairs, fingerprint='f00dcafe', notes=(dict(what=HOSTILE, count=3, why='no title'),),
-        products=pl.DataFrame(dict(product_id=pairs['product_id'], title=[f'Lamp {i} {HOSTILE}' for i in range(len(pairs))])))
+        name=f'market {HOSTILE}', judgments=pairs, fingerprint='f00dcafe',
+        notes=(dict(what=HOSTILE, count=3, why='no title'),),
+        products=pairs.select('product_id', title=pl.format('Lamp {} ' + HOSTILE, pl.int_range(pl.len()))))
     return dict(
         run={'seed': 41, 'preset': 'smoke', HOSTILE: HOSTILE, 'stage2': dict(margin=.25, centers=[.15, .5, .85]),
              'seconds': dict(stage1=31.5, stage2=63.)},
@@ -106,7 +109,8 @@ def test_plotly_is_inside_once(page, reader):
 def test_hostile_text_is_only_text(reader):
     assert not [t for t, a in reader.tags if any(k.startswith('on') for k in a)]
     assert HOSTILE in reader.text and f'market {HOSTILE}' in reader.text, 'shown as it is, as text'
-    assert re.search(r'search \w+ ' + re.escape(HOSTILE), reader.text) and re.search(r'Lamp \d+ ' + re.escape(HOSTILE), reader.text)
+    assert re.search(r'search \w+ ' + re.escape(HOSTILE), reader.text)
+    assert re.search(r'Lamp \d+ ' + re.escape(HOSTILE), reader.text)
     for script in reader.scripts:
         if len(script) < 1_000_000: assert '<script' not in script and 'onerror=alert(2)>' not in script
 
@@ -118,17 +122,19 @@ def test_hostile_query_reaches_the_figures_twice_escaped(reader):
 
 def test_metric_table_holds_the_numbers_passed_in(page, reader):
     row = page.split('<th>ndcg@10</th>')[1].split('</tr>')[0]
-    for number in ('0.551', '0.578', '0.603', '<b>+0.052</b>', '+0.011 to +0.093', 'p 0.012', '(p 0.025)'): assert number in row
+    for number in ('0.551', '0.578', '0.603', '<b>+0.052</b>', '+0.011 to +0.093', 'p 0.012', '(p 0.025)'):
+        assert number in row
     auc = page.split('<th>auc_2</th>')[1].split('</tr>')[0]
     assert '+0.130' in auc and '<b>' not in auc, 'p_corrected .0511 is not significant'
     assert '–' in page.split('<th>recall@50</th>')[1].split('</tr>')[0] and '0.432' in reader.text
-    assert 'nan' not in reader.text.lower().replace('finance', '')
+    assert not re.search(r'\bnan\b', reader.text)
 
 
 def test_every_part_is_there(reader):
-    for text in ('Scores per grade', 'Lowest ndcg@10', 'Largest losses of ndcg@10', 'Seconds per step', '31.5', 'preset smoke',
-                 'centers 0.15, 0.5, 0.85', 'found 1234', 'too_close 77', 'no title', 'f00dcafe', 'shared area', 'unjudged',
-                 '24 queries with at least 10 judged products'): assert text in reader.text, text
+    for text in ('Scores per grade', 'Lowest ndcg@10', 'Largest losses of ndcg@10', 'Seconds per step', '31.5',
+                 'preset smoke', 'centers 0.15, 0.5, 0.85', 'found 1234', 'too_close 77', 'no title', 'f00dcafe',
+                 'shared area', 'unjudged', '24 queries with at least 10 judged products'):
+        assert text in reader.text, text
     rows = reader.text.split('Locales')[-1]
     assert all(locale in rows for locale in LOCALES)
 
@@ -165,7 +171,8 @@ def test_only_listed_queries_count():
 
 def test_parts_without_content_are_left_out(tmp_path):
     run = make_run()
-    run |= dict(comparisons={}, histories={}, mining=None, evaluations=dict(pretrained=run['evaluations']['pretrained']))
+    run['evaluations'] = dict(pretrained=run['evaluations']['pretrained'])
+    run |= dict(comparisons={}, histories={}, mining=None)
     run['data'].notes = ()
     run['run'].pop('seconds')
     reader = Reader(report.write_report(tmp_path / 'report.html', **run).read_text(encoding='utf-8'))
@@ -218,4 +225,5 @@ def test_nested_values_are_shown_in_full_or_say_what_is_missing():
         settings: dict
     shown = report.plain(Mining(pl.DataFrame(dict(removed=range(60))), dict(k=50, half=True, none=None)))
     text = Reader(str(report.environment().get_template('macros').module.nested(shown))).text
-    assert 'and 10 more rows' in text and 'half yes' in text and 'none –' in text and ' 49 ' in text and ' 50 and' not in text
+    assert 'and 10 more rows' in text and 'half yes' in text and 'none –' in text
+    assert ' 49 ' in text and ' 50 and' not in text
