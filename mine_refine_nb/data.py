@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandera.polars as pa
@@ -162,7 +163,7 @@ def refuse(
     source: Source,
     problem: str,        # what is wrong with the first of them
     remedy: str,
-):
+) -> NoReturn:
     "Raise the one error that a bad input ends in."
     many = f" ({bad.height} rows have this problem)" if bad.height > 1 else ""
     raise DataError(f"{place(source, bad.row(0, named=True))}: {problem}{many}. {remedy}")
@@ -186,8 +187,8 @@ PROBLEMS = {    # check -> (problem with {column} and {value}, remedy)
 
 # %% ../nbs/api/01_data.ipynb #cell-31
 def text_check(
-    name: str,        # a key of PROBLEMS
-    condition,        # polars expression -> polars expression that is true where the value is right
+    name: str,                                  # a key of PROBLEMS
+    condition: Callable[[pl.Expr], pl.Expr],    # of a column: true where the value is right
 ) -> pa.Check:
     "A named, vectorised check of one column; nulls pass, they are another check's business."
     return pa.Check(lambda given: given.lazyframe.select(condition(pl.col(given.key))), name=name)
@@ -252,7 +253,12 @@ def check(
     except SchemaErrors as errors: explain(frame, schema, source, errors.failure_cases)
 
 
-def explain(frame: pl.DataFrame, schema: pa.DataFrameSchema, source: Source, failures: pl.DataFrame):
+def explain(
+    frame: pl.DataFrame,            # with `_row` and `_file`
+    schema: pa.DataFrameSchema,
+    source: Source,
+    failures: pl.DataFrame,         # Pandera's table: column, check, index
+) -> NoReturn:
     "Turn Pandera's failure table into one DataError."
     columns, checks = list(schema.columns), list(PROBLEMS)
     first = min(failures.select("column", "check").unique().rows(),
@@ -1027,7 +1033,7 @@ def data_html(
 def hash_frame(
     frame: pl.DataFrame | None,
     keys: Sequence[str] | None,   # columns that tell its rows apart; None: all of them
-    digest,                       # a hashlib hash, updated with the content
+    digest: "hashlib._Hash",      # updated with the content
     rows: int = 100_000,          # written out at a time: a whole catalogue as text would not fit in memory
 ) -> None:
     "Feed a frame's sorted content into a hash."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .grades import UNJUDGED
 
-# %% ../nbs/api/06_losses.ipynb #cell-8
+# %% ../nbs/api/06_losses.ipynb #cell-9
 def check_batch(
     scores: Tensor,  # similarities [queries, products], floating point
     grades: Tensor,  # grades [queries, products], whole numbers, -1 for unjudged
@@ -43,7 +43,7 @@ def check_batch(
                          f'grades run from 0 to {limit}, and {UNJUDGED} means unjudged')
     return high
 
-# %% ../nbs/api/06_losses.ipynb #cell-11
+# %% ../nbs/api/06_losses.ipynb #cell-12
 def repeated_products(
     grades: Tensor,  # grades [queries, products], -1 for unjudged
     product_ids: Tensor,  # whole number per column [products]; equal numbers are one product
@@ -62,7 +62,7 @@ def repeated_products(
     repeated[:, columns] = place != first
     return repeated
 
-# %% ../nbs/api/06_losses.ipynb #cell-15
+# %% ../nbs/api/06_losses.ipynb #cell-16
 def resolve_grades(
     grades: Tensor,  # grades [queries, products], -1 for unjudged
     unjudged_as_zero: bool,  # read unjudged pairs as grade 0 instead of leaving them out
@@ -73,7 +73,7 @@ def resolve_grades(
     if product_ids is None: return resolved
     return resolved.masked_fill(repeated_products(grades, product_ids), UNJUDGED)
 
-# %% ../nbs/api/06_losses.ipynb #cell-18
+# %% ../nbs/api/06_losses.ipynb #cell-19
 def masked_logsumexp(
     x: Tensor,  # values [rows, columns]
     mask: Tensor,  # bool [rows, columns], True where a value counts
@@ -83,7 +83,7 @@ def masked_logsumexp(
     kept = x.masked_fill(~mask, torch.finfo(x.dtype).min)  # not -inf: an empty row would give NaN on the way back
     return kept.logsumexp(1).masked_fill(~some, 0), some
 
-# %% ../nbs/api/06_losses.ipynb #cell-21
+# %% ../nbs/api/06_losses.ipynb #cell-22
 def _choice(
     name: str,  # setting, for the message
     value: str,  # what was given
@@ -93,7 +93,7 @@ def _choice(
     if value not in options: raise ValueError(f'{name} must be one of {options}, got {value!r}')
     return value == options[1]
 
-# %% ../nbs/api/06_losses.ipynb #cell-24
+# %% ../nbs/api/06_losses.ipynb #cell-25
 def positive_weights(
     positives: Iterable[int] | Mapping[int, float] | None,  # grades, or weight per grade; None means grade 2
 ) -> dict[int, float]:  # weight per positive grade
@@ -105,7 +105,7 @@ def positive_weights(
         raise ValueError(f'positives must give grades of 1 or more with weights above 0, got {positives!r}')
     return weights
 
-# %% ../nbs/api/06_losses.ipynb #cell-27
+# %% ../nbs/api/06_losses.ipynb #cell-28
 def supcon_per_query(
     x: Tensor,  # scores / temperature [queries, products]
     log_total: Tensor,  # log-sum-exp of x over everything the query contrasts [queries]
@@ -120,13 +120,13 @@ def supcon_per_query(
     else: pull = (weight * x).sum(1)
     return (log_total - pull).where(has, 0), has
 
-# %% ../nbs/api/06_losses.ipynb #cell-32
+# %% ../nbs/api/06_losses.ipynb #cell-33
 class SupConTarget(NamedTuple):
     "One contrast: which grades are positive, and how much the contrast weighs in the loss."
     weights: dict[int, float]  # weight per positive grade
     share: float  # lambda_k of the cumulative form, 1 for the plain one
 
-# %% ../nbs/api/06_losses.ipynb #cell-34
+# %% ../nbs/api/06_losses.ipynb #cell-35
 def supcon_targets(
     top: int,  # highest grade in the batch
     positives: Iterable[int] | Mapping[int, float] | None,  # for the plain form
@@ -148,7 +148,7 @@ def supcon_targets(
     return [SupConTarget({g: 1.0 for g in range(k, len(shares) + 1)}, share)
             for k, share in enumerate(shares, 1) if share]
 
-# %% ../nbs/api/06_losses.ipynb #cell-37
+# %% ../nbs/api/06_losses.ipynb #cell-38
 def supcon_loss(
     scores: Tensor,  # similarities [queries, products]
     grades: Tensor,  # grades [queries, products], -1 for unjudged
@@ -176,7 +176,7 @@ def supcon_loss(
         total, counted = total + target.share * loss, counted | has
     return total.sum() / counted.sum().clamp(min=1)
 
-# %% ../nbs/api/06_losses.ipynb #cell-45
+# %% ../nbs/api/06_losses.ipynb #cell-46
 def circle_exponent(
     t: Tensor,  # wrongness of each item in its gap: 0 at its own centre, 1 at the other side's
     margin: float,  # in gaps
@@ -188,7 +188,7 @@ def circle_exponent(
     weight = (t.detach() + margin).clamp(min=0)
     return gamma * weight * (t - margin)
 
-# %% ../nbs/api/06_losses.ipynb #cell-52
+# %% ../nbs/api/06_losses.ipynb #cell-53
 class CircleTerm(NamedTuple):
     "One circle loss in one gap between two target centres."
     negatives: range  # grades on the lower side
@@ -199,7 +199,7 @@ class CircleTerm(NamedTuple):
     gamma: float  # sharpness per gap
     weight: float  # in the sum of terms
 
-# %% ../nbs/api/06_losses.ipynb #cell-54
+# %% ../nbs/api/06_losses.ipynb #cell-55
 def _per_term(
     name: str,  # setting, for the message
     value: float | Sequence[float],  # one number for all terms, or one per term
@@ -210,7 +210,7 @@ def _per_term(
     if len(values) != n: raise ValueError(f'{name} must be one number or {n}, one per term; got {value!r}')
     return values
 
-# %% ../nbs/api/06_losses.ipynb #cell-56
+# %% ../nbs/api/06_losses.ipynb #cell-57
 def circle_terms(
     centers: Sequence[float],  # target score per grade, ascending
     margin: float | Sequence[float] = 0.25,  # in gaps, below 1/2
@@ -233,7 +233,7 @@ def circle_terms(
     return [CircleTerm(range(b if pair else 0, b + 1), range(a, a + 1 if pair else len(mu)), mu[b], mu[a] - mu[b], *s)
             for (b, a), *s in zip(sides, margin, gamma, weights)]
 
-# %% ../nbs/api/06_losses.ipynb #cell-59
+# %% ../nbs/api/06_losses.ipynb #cell-60
 def circle_z(
     scores: Tensor,  # similarities [queries, products]
     grades: Tensor,  # grades [queries, products], -1 for pairs that do not count
@@ -249,7 +249,7 @@ def circle_z(
     z_negative, has_negative = masked_logsumexp(exponent, negative)
     return z_positive + z_negative, has_positive & has_negative
 
-# %% ../nbs/api/06_losses.ipynb #cell-61
+# %% ../nbs/api/06_losses.ipynb #cell-62
 def circle_loss(
     scores: Tensor,  # similarities [queries, products]
     grades: Tensor,  # grades [queries, products], -1 for unjudged
@@ -276,7 +276,7 @@ def circle_loss(
         counted = counted | active
     return total.sum() / counted.sum().clamp(min=1)
 
-# %% ../nbs/api/06_losses.ipynb #cell-79
+# %% ../nbs/api/06_losses.ipynb #cell-80
 class GradedLoss(nn.Module):
     "A graded loss with its settings, for a trainer: `forward(scores, grades)` gives the scalar."
     def __init__(
@@ -305,7 +305,7 @@ class GradedLoss(nn.Module):
         "The settings, for `repr`."
         return ', '.join(f'{k}={v!r}' for k, v in self.settings.items())
 
-# %% ../nbs/api/06_losses.ipynb #cell-81
+# %% ../nbs/api/06_losses.ipynb #cell-82
 SUPCON_CITATION = """@inproceedings{khosla2020supervised,
     title={Supervised Contrastive Learning},
     author={Khosla, Prannay and Teterwak, Piotr and Wang, Chen and Sarna, Aaron and Tian, Yonglong and Isola, Phillip
@@ -328,7 +328,7 @@ CIRCLE_CITATION = """@inproceedings{sun2020circle,
     archivePrefix={arXiv}
 }"""
 
-# %% ../nbs/api/06_losses.ipynb #cell-82
+# %% ../nbs/api/06_losses.ipynb #cell-83
 class LabelAwareSupConLoss(GradedLoss):
     "`supcon_loss` with its settings."
     def __init__(
@@ -350,7 +350,7 @@ class LabelAwareSupConLoss(GradedLoss):
         "BibTeX for model cards."
         return SUPCON_CITATION
 
-# %% ../nbs/api/06_losses.ipynb #cell-83
+# %% ../nbs/api/06_losses.ipynb #cell-84
 class MultiClassCircleLoss(GradedLoss):
     "`circle_loss` with its settings."
     def __init__(

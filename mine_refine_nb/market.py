@@ -16,7 +16,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from .data import RelevanceData, make_data, normalise_query, query_groups, query_ids
 
-# %% ../nbs/api/02_market.ipynb #cell-6
+# %% ../nbs/api/02_market.ipynb #cell-7
 _TYPES = '''
 coffee hot_drinks roast grams 3 sister=coffee_pods lookalike=coffee_table
 coffee_pods hot_drinks roast pack 3 sister=coffee lookalike=coffee_table
@@ -70,7 +70,7 @@ planner stationery colour paper 1 sister=notebook
 pen stationery colour pack 1 serves=notebook,planner
 '''
 
-# %% ../nbs/api/02_market.ipynb #cell-8
+# %% ../nbs/api/02_market.ipynb #cell-9
 _SHELVES = '''
 hot_drinks grocery: Grocery > Hot Drinks | Alimentación > Bebidas calientes | 食品 > ホットドリンク
 brewing kitchen: Kitchen > Drinkware & Brewing | Cocina > Tazas y preparación de bebidas | キッチン用品 > ドリンク用品
@@ -93,7 +93,7 @@ power_tools tools: DIY > Power Tools | Bricolaje > Herramientas eléctricas | DI
 stationery office: Office > Stationery | Oficina > Papelería | オフィス用品 > 文房具
 '''
 
-# %% ../nbs/api/02_market.ipynb #cell-10
+# %% ../nbs/api/02_market.ipynb #cell-11
 _NAMES_EN = '''
 coffee: ground coffee, filter coffee | coffee, coffee grounds | something to wake me up, caffeine for breakfast
 coffee_pods: coffee pods, espresso capsules | coffee capsules, pod coffee | single cup refills for my machine
@@ -147,7 +147,7 @@ planner: weekly planner, diary | agenda, organiser | keep track of appointments 
 pen: gel pens, ballpoint pens | biro, pen | smooth ink for handwriting
 '''
 
-# %% ../nbs/api/02_market.ipynb #cell-12
+# %% ../nbs/api/02_market.ipynb #cell-13
 _NAMES_ES = '''
 coffee: café molido, café de filtro | café, café para cafetera | algo para despertarme, cafeína para el desayuno
 coffee_pods: cápsulas de café, monodosis de espresso | cápsulas, café en cápsula | recambios para mi máquina de una taza
@@ -201,7 +201,7 @@ planner: agenda semanal, planificador | agendas, organizador | apuntar las citas
 pen: bolígrafos de gel, bolígrafos de bola | boli, lapicero | tinta suave para escribir a mano
 '''
 
-# %% ../nbs/api/02_market.ipynb #cell-14
+# %% ../nbs/api/02_market.ipynb #cell-15
 _NAMES_JA = '''
 coffee: レギュラーコーヒー粉, ドリップ用コーヒー粉 | コーヒー, 珈琲 | 朝の目覚めの一杯, 眠気覚まし
 coffee_pods: コーヒーカプセル, エスプレッソポッド | カプセル式珈琲, カプセル | マシン用の一杯分の詰め替え
@@ -255,7 +255,7 @@ planner: 手帳, ウィークリープランナー | スケジュール帳, ダ�
 pen: ゲルインクペン, ボールペン | ペン, 筆記具 | なめらかに書けるインク
 '''
 
-# %% ../nbs/api/02_market.ipynb #cell-16
+# %% ../nbs/api/02_market.ipynb #cell-17
 _VARIANTS = '''
 colour black: black, jet black | negro, color negro, en negro | ブラック, 黒
 colour white: white, snow white | blanco, color blanco, en blanco | ホワイト, 白
@@ -288,7 +288,7 @@ meat salmon: salmon, with salmon | salmón, con salmón | サーモン, 鮭
 meat lamb: lamb, with lamb | cordero, con cordero | ラム, 羊肉
 '''
 
-# %% ../nbs/api/02_market.ipynb #cell-18
+# %% ../nbs/api/02_market.ipynb #cell-19
 _SIZES = '''
 grams 250g: 250 g, 250g | 250 g, cuarto de kilo | 250g, 250グラム
 grams 500g: 500 g, 0.5 kg | 500 g, medio kilo | 500g, 0.5kg
@@ -333,7 +333,7 @@ paper A5: A5, half letter | A5, media cuartilla | A5, 小型
 paper A4: A4, letter size | A4, tamaño folio | A4, 大判
 '''
 
-# %% ../nbs/api/02_market.ipynb #cell-20
+# %% ../nbs/api/02_market.ipynb #cell-21
 _BRANDS = '''
 grocery: Montaro モンタロ, Belcana ベルカーナ, Aldora アルドラ, Fincaluz フィンカルス
 kitchen: Hestal ヘスタル, Copperly コッパリー, Nordpan ノルドパン, Kuvora クヴォラ
@@ -349,7 +349,7 @@ office: Papirel パピレル, Inkara インカラ, Foliana フォリアナ
 '''
 _LINES = 'Nova Aero Lite Prime Terra Pulse Core Zen Flex Orion Alto Brio'.split()
 
-# %% ../nbs/api/02_market.ipynb #cell-22
+# %% ../nbs/api/02_market.ipynb #cell-23
 _FEATURES = '''
 en grocery: sustainably grown, resealable freshness pack, rich natural aroma, small batch quality, from family farms
 en kitchen: dishwasher safe, leak proof and BPA free, easy to clean, gift box included, for home and office
@@ -386,7 +386,7 @@ ja tools: 握りやすいグリップ, 収納ケース付き, 木材・金属対
 ja office: 学校・オフィス用, 上品で丈夫, 再生素材, プレゼントに最適, なめらか仕上げ
 '''
 
-# %% ../nbs/api/02_market.ipynb #cell-24
+# %% ../nbs/api/02_market.ipynb #cell-25
 def _lines(text: str): return text.strip().split('\n')
 def _phrases(text: str): return [p.strip() for p in text.split(', ')]
 
@@ -404,12 +404,12 @@ class ProductType:
     fits: bool = False  # is it made for one brand of what it serves?
     lookalike: str | None = None  # type that shares words but not the need
 
-# %% ../nbs/api/02_market.ipynb #cell-26
+# %% ../nbs/api/02_market.ipynb #cell-27
 LOCALES = ('en', 'es', 'ja')
 _SHELF = {head.split()[0]: (head.split()[1], dict(zip(LOCALES, [p.strip() for p in paths.split('|')])))
           for head, paths in (line.split(':') for line in _lines(_SHELVES))}
 
-# %% ../nbs/api/02_market.ipynb #cell-28
+# %% ../nbs/api/02_market.ipynb #cell-29
 def _read_type(
     line: str,  # one line of the type table
 ) -> ProductType:  # the parsed type
@@ -423,7 +423,7 @@ def _read_type(
 
 TYPES = {t.key: t for t in map(_read_type, _lines(_TYPES))}
 
-# %% ../nbs/api/02_market.ipynb #cell-32
+# %% ../nbs/api/02_market.ipynb #cell-33
 def _read_names(text: str): return {key: tuple(map(_phrases, rest.split('|')))
                                     for key, rest in (line.split(':') for line in _lines(text))}
 
@@ -436,7 +436,7 @@ _KANA = dict(brand.split() for line in _lines(_BRANDS) for brand in _phrases(lin
 BRANDS = {line.split(':')[0]: [b.split()[0] for b in _phrases(line.split(':')[1])] for line in _lines(_BRANDS)}
 FEATURES = {tuple(head.split()): _phrases(rest) for head, rest in (line.split(':') for line in _lines(_FEATURES))}
 
-# %% ../nbs/api/02_market.ipynb #cell-37
+# %% ../nbs/api/02_market.ipynb #cell-38
 def _skewed(
     options: list,  # values, most common first
     n: int,  # how many to draw
@@ -446,7 +446,7 @@ def _skewed(
     weights = 1 / np.arange(1, len(options) + 1) ** 0.6
     return np.array(options, dtype=object)[rng.choice(len(options), n, p=weights / weights.sum())]
 
-# %% ../nbs/api/02_market.ipynb #cell-39
+# %% ../nbs/api/02_market.ipynb #cell-40
 def _draw_type(
     t: ProductType,  # the type of all these products
     n: int,  # how many
@@ -460,7 +460,7 @@ def _draw_type(
     fits = _skewed(BRANDS['electronics'] + [None], n, rng) if t.fits else [None] * n
     return dict(brand=brand, line=line, variant=draw(t.variant), size=draw(t.size), fits=fits)
 
-# %% ../nbs/api/02_market.ipynb #cell-41
+# %% ../nbs/api/02_market.ipynb #cell-42
 ATTRIBUTES = ('type', 'brand', 'line', 'variant', 'size', 'fits')
 
 def draw_products(
@@ -482,7 +482,7 @@ def draw_products(
     return pl.DataFrame(dict(product_id=ids, **{c: v.tolist() for c, v in (dict(locale=place) | columns).items()}),
                         schema={c: pl.String for c in ('product_id', 'locale', *ATTRIBUTES)})
 
-# %% ../nbs/api/02_market.ipynb #cell-44
+# %% ../nbs/api/02_market.ipynb #cell-45
 RELATIONS = ('exact', 'substitute', 'complement', 'irrelevant')
 _GRADE_OF = np.array([2, 1, 1, 0], dtype=np.int8)
 _TYPE, _BRAND, _LINE, _VARIANT, _SIZE, _FITS = range(len(ATTRIBUTES))
@@ -491,7 +491,7 @@ _CODES = {name: i for i, name in enumerate(_names)}  # types come first: a type'
 _SISTER = np.array([_CODES.get(t.sister, -1) for t in TYPES.values()])
 _SERVES = np.array([[o in t.serves for o in TYPES] for t in TYPES.values()])  # [accessory, main]
 
-# %% ../nbs/api/02_market.ipynb #cell-46
+# %% ../nbs/api/02_market.ipynb #cell-47
 def attribute_codes(
     frame: pl.DataFrame,  # any frame with the columns of ATTRIBUTES
 ) -> np.ndarray:  # int [rows, 6], -1 for null
@@ -501,7 +501,7 @@ def attribute_codes(
     if unknown: raise ValueError(f'market: unknown attribute value {sorted(unknown)[0]!r}; see TYPES, BRANDS and KINDS')
     return np.column_stack([c.replace_strict(_CODES, default=-1, return_dtype=pl.Int32) for c in known])
 
-# %% ../nbs/api/02_market.ipynb #cell-48
+# %% ../nbs/api/02_market.ipynb #cell-49
 def compromises(
     asked: np.ndarray,  # int [6], codes of one intent
     has: np.ndarray,  # int [products, 6], codes of products
@@ -511,7 +511,7 @@ def compromises(
     misfit = differs[:, _FITS] & (has[:, _FITS] >= 0)
     return (differs[:, _BRAND] | differs[:, _LINE]) + differs[:, _VARIANT].astype(int) + differs[:, _SIZE] + 2 * misfit
 
-# %% ../nbs/api/02_market.ipynb #cell-50
+# %% ../nbs/api/02_market.ipynb #cell-51
 def relations(
     asked: np.ndarray,  # int [6], codes of one intent
     has: np.ndarray,  # int [products, 6], codes of products
@@ -524,7 +524,7 @@ def relations(
     complement = _SERVES[has[:, _TYPE], kind] & suits
     return np.select([(same | sister) & (steps == 0), (same | sister) & (steps == 1), complement], [0, 1, 2], 3)
 
-# %% ../nbs/api/02_market.ipynb #cell-52
+# %% ../nbs/api/02_market.ipynb #cell-53
 def true_grade(
     asked: dict,  # attributes asked for, 'type' among them
     product: dict,  # attributes the product has, 'type' among them
@@ -534,7 +534,7 @@ def true_grade(
     if (both[:, _TYPE] < 0).any(): raise ValueError("market: a query and a product each need a 'type'")
     return int(_GRADE_OF[relations(both[0], both[1:])[0]])
 
-# %% ../nbs/api/02_market.ipynb #cell-56
+# %% ../nbs/api/02_market.ipynb #cell-57
 _TITLE_FORMS = dict(
     en=['brand line name goes, variant, size, f1, f2, f3', 'name goes variant size, f1, f2, f3, brand line',
         'line name, size, variant, f1, f2, f3, goes', 'brand variant name line size, f1, f2, f3, goes'],
@@ -544,7 +544,7 @@ _TITLE_FORMS = dict(
         'name line, size, variant, f1, f2, f3, goes', 'brand name, f1, f2, goes, variant, size, line'])
 _GOES = dict(en='for {}', es='para {}', ja='{}用')
 
-# %% ../nbs/api/02_market.ipynb #cell-58
+# %% ../nbs/api/02_market.ipynb #cell-59
 def _fill(
     form: str,  # order of slots: segments by comma, slots by space
     words: dict,  # slot -> words, missing or None where empty
@@ -554,7 +554,7 @@ def _fill(
     segments = (' '.join(words[s] for s in seg.split() if words.get(s)) for seg in form.split(','))
     return comma.join(filter(None, segments))
 
-# %% ../nbs/api/02_market.ipynb #cell-61
+# %% ../nbs/api/02_market.ipynb #cell-62
 def _pick(options: list, number: int): return options[number % len(options)]
 
 def _brand_word(
@@ -565,7 +565,7 @@ def _brand_word(
     "In Japan every second brand is written in katakana."
     return _KANA[brand] if brand and locale == 'ja' and number % 2 else brand
 
-# %% ../nbs/api/02_market.ipynb #cell-63
+# %% ../nbs/api/02_market.ipynb #cell-64
 def _goes_words(
     row: dict,  # one product
     numbers: np.ndarray,  # random integers
@@ -579,7 +579,7 @@ def _goes_words(
     if fits: main = f'{main} {fits}' if loc == 'es' else f'{fits} {main}'
     return _GOES[loc].format(main)
 
-# %% ../nbs/api/02_market.ipynb #cell-65
+# %% ../nbs/api/02_market.ipynb #cell-66
 def write_title(
     row: dict,  # product_id, locale and ATTRIBUTES of one product
     numbers: np.ndarray,  # at least 12 random integers
@@ -596,7 +596,7 @@ def write_title(
     title = _fill(_pick(_TITLE_FORMS[loc], n[8]), words, ' ' if loc == 'ja' else ', ')
     return title[0].upper() + title[1:]
 
-# %% ../nbs/api/02_market.ipynb #cell-67
+# %% ../nbs/api/02_market.ipynb #cell-68
 def write_products(
     attributes: pl.DataFrame,  # product_id, locale and ATTRIBUTES
     rng: np.random.Generator,  # source of randomness
@@ -613,7 +613,7 @@ def write_products(
     return attributes.select('product_id', title=pl.Series(titles), category=pl.Series(paths), brand='brand',
                              description=pl.lit(None, pl.String), locale='locale')
 
-# %% ../nbs/api/02_market.ipynb #cell-70
+# %% ../nbs/api/02_market.ipynb #cell-71
 _ASKED = (0.50, 0.38, 0.12)  # share of intents that ask for none, one or two attributes
 
 def draw_intent(
@@ -626,14 +626,14 @@ def draw_intent(
     if 'brand' in asked and rng.random() < 0.3: asked.add('line')
     return {a: product[a] if a == 'type' or a in asked else None for a in ATTRIBUTES}
 
-# %% ../nbs/api/02_market.ipynb #cell-72
+# %% ../nbs/api/02_market.ipynb #cell-73
 _QUERY_FORMS = dict(
     en=['brand line variant noun size goes', 'noun variant brand line size goes', 'variant noun size goes brand line'],
     es=['noun brand line variant size goes', 'noun variant size goes brand line', 'brand line noun variant size goes'],
     ja=['brand line noun variant size goes', 'noun size variant brand line goes', 'goes variant noun brand line size'])
 _NOUN_SHARES = (0.40, 0.35, 0.25)  # title noun, colloquial noun, use
 
-# %% ../nbs/api/02_market.ipynb #cell-74
+# %% ../nbs/api/02_market.ipynb #cell-75
 def write_query(
     intent: dict,  # ATTRIBUTES, null where not asked
     locale: str,  # language
@@ -649,7 +649,7 @@ def write_query(
                  goes=_GOES[locale].format(fits) if fits else None)
     return _fill(_pick(_QUERY_FORMS[locale], n[4]), words, ' ').lower()
 
-# %% ../nbs/api/02_market.ipynb #cell-77
+# %% ../nbs/api/02_market.ipynb #cell-78
 def _alike(t: ProductType, o: ProductType):  # either may be the accessory or the lookalike of the other
     return o.key in (t.key, t.sister, t.lookalike, *t.serves) or t.key in (o.lookalike, *o.serves)
 
@@ -662,7 +662,7 @@ def looks_like_answer(
     "Products that share a type word or an asked attribute with the query, right or wrong."
     return _LOOKALIKE[asked[_TYPE]][has[:, _TYPE]] | ((asked[1:] >= 0) & (has[:, 1:] == asked[1:])).any(axis=1)
 
-# %% ../nbs/api/02_market.ipynb #cell-79
+# %% ../nbs/api/02_market.ipynb #cell-80
 def choose_judged(
     relation: np.ndarray,  # int [products], position in RELATIONS, of one intent
     near: np.ndarray,  # bool [products], does it look like an answer?
@@ -679,7 +679,7 @@ def choose_judged(
     hard = of((relation == 3) & near)[:round(.7 * rest)]
     return np.concatenate([*judged, hard, of((relation == 3) & ~near)[:rest - len(hard)]])
 
-# %% ../nbs/api/02_market.ipynb #cell-81
+# %% ../nbs/api/02_market.ipynb #cell-82
 def _intents(
     attributes: pl.DataFrame,  # products of one locale
     codes: np.ndarray,  # their attribute codes
@@ -695,7 +695,7 @@ def _intents(
         relation = relations(asked, codes)
         if len(np.unique(_GRADE_OF[relation])) == 3: yield intent, asked, relation
 
-# %% ../nbs/api/02_market.ipynb #cell-83
+# %% ../nbs/api/02_market.ipynb #cell-84
 def _shop_queries(
     attributes: pl.DataFrame,  # products of one locale
     wanted: int,  # number of queries
@@ -719,7 +719,7 @@ def _shop_queries(
     raise ValueError(f'market: {len(attributes)} {locale} products answer only {len(asked)} of {wanted} queries; '
                      'ask for more products or fewer queries')
 
-# %% ../nbs/api/02_market.ipynb #cell-85
+# %% ../nbs/api/02_market.ipynb #cell-86
 _DEAL = ('train', 'test', 'validation', 'train', 'train', 'test', 'train', 'train')
 
 def split_intents(
@@ -736,7 +736,7 @@ def split_intents(
     dealt = dealt.select('knot', pl.Series('split', _DEAL).gather(turn))
     return knots.join(dealt, on='knot', how='left', maintain_order='left')['split']
 
-# %% ../nbs/api/02_market.ipynb #cell-87
+# %% ../nbs/api/02_market.ipynb #cell-88
 @dataclass(frozen=True, eq=False)
 class Market:
     "A simulated shop whose truth is known."
@@ -747,7 +747,7 @@ class Market:
     def relations(self, query_ids=None, product_ids=None): return market_relations(self, query_ids, product_ids)
     def truth(self, query_ids=None, product_ids=None): return _GRADE_OF[self.relations(query_ids, product_ids)]
 
-# %% ../nbs/api/02_market.ipynb #cell-89
+# %% ../nbs/api/02_market.ipynb #cell-90
 def _rows_of(
     frame: pl.DataFrame,  # with the id column
     column: str,  # 'query_id' or 'product_id'
@@ -770,7 +770,7 @@ def market_relations(
     has = attribute_codes(_rows_of(market.products, 'product_id', product_ids))
     return np.array([relations(row, has) for row in asked], dtype=np.int8).reshape(len(asked), len(has))
 
-# %% ../nbs/api/02_market.ipynb #cell-91
+# %% ../nbs/api/02_market.ipynb #cell-92
 def _ask(
     attributes: pl.DataFrame,  # product_id, locale and ATTRIBUTES
     locales: tuple,  # languages of the shops
@@ -789,7 +789,7 @@ def _ask(
     about = intents.select('query_id', 'query', 'locale', 'split')
     return intents, pl.concat([one.join(g, how='cross') for one, g in zip(about.iter_slices(1), lists)])
 
-# %% ../nbs/api/02_market.ipynb #cell-93
+# %% ../nbs/api/02_market.ipynb #cell-94
 def build_market(
     products: int = 1500,  # number of products, spread evenly over the locales
     queries: int = 240,  # number of queries, spread evenly over the locales
@@ -807,7 +807,7 @@ def build_market(
     intents, judgments = _ask(attributes, locales, queries, judged, rng)
     return Market(attributes, intents, make_data(catalogue, judgments, name='market', seed=seed))
 
-# %% ../nbs/api/02_market.ipynb #cell-95
+# %% ../nbs/api/02_market.ipynb #cell-96
 def simulate(
     products: int = 1500,  # number of products, spread evenly over the locales
     queries: int = 240,  # number of queries, spread evenly over the locales
@@ -817,7 +817,7 @@ def simulate(
     "A simulated catalogue with judged queries, each with products of all three grades."
     return build_market(products, queries, locales, seed).data
 
-# %% ../nbs/api/02_market.ipynb #cell-101
+# %% ../nbs/api/02_market.ipynb #cell-102
 def _reason(
     asked: dict,  # what the query asks for
     has: dict,  # what the product has
@@ -829,7 +829,7 @@ def _reason(
     missed = [f'{a} differs' for a in ATTRIBUTES[1:] if asked[a] and has[a] != asked[a]]
     return f"{relation}: {', '.join((['sister type'] if has['type'] != asked['type'] else []) + missed)}"
 
-# %% ../nbs/api/02_market.ipynb #cell-103
+# %% ../nbs/api/02_market.ipynb #cell-104
 def judged_list(
     market: Market,  # a market
     query_id: str,  # one of its queries

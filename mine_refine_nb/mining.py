@@ -81,8 +81,8 @@ def build_index(
     except RuntimeError as error:
         reason = re.split(r'\.cpp:\d+: |failed: ', str(error))[-1].strip()
         raise ValueError(f'FAISS cannot build {factory!r} {parameters} over {len(products)} vectors of '
-                         f"{products.shape[1]} dimensions: {reason}. Use 'Flat', or fewer clusters than products of the "
-                         'smallest locale') from error
+                         f"{products.shape[1]} dimensions: {reason}. Use 'Flat', or fewer clusters than the smallest "
+                         'locale has products') from error
     return index
 
 # %% ../nbs/api/11_mining.ipynb #cell-19
@@ -207,8 +207,8 @@ def hard_samples(
         negative=first_reason('hard_negative', absent, ~facing, ~negative, pl.col('rank') > depth))
     above = marked.filter(pl.col('grade') >= min(boundaries))
     below = marked.filter(pl.col('grade') < max(boundaries))
-    return pl.concat([above.with_columns(kind=pl.lit('hard_positive'), removed='positive'),
-                      below.with_columns(kind=pl.lit('hard_negative'), removed='negative')]).drop('positive', 'negative')
+    return pl.concat([frame.with_columns(kind=pl.lit(f'hard_{side}'), removed=side).drop('positive', 'negative')
+                      for side, frame in dict(positive=above, negative=below).items()])
 
 # %% ../nbs/api/11_mining.ipynb #cell-39
 def list_catalogue(
@@ -310,8 +310,9 @@ def advice(
                       'too few.'),
               (~small & far, 'candidates lost beyond the margin; raise `margin`.'),
               (~small & ~far, 'the window is mostly judged or repeated; raise the end of `window`.')]
-    return [f"{len(short)} of {settings['queries']} queries have fewer than {settings['per_query']} pending candidates.",
-            *(f'{count}: {cause}' for test, cause in causes if (count := len(short.filter(test))))]
+    queries, wanted = settings['queries'], settings['per_query']
+    lines = [f'{len(short)} of {queries} queries have fewer than {wanted} pending candidates.']
+    return lines + [f'{count}: {cause}' for test, cause in causes if (count := len(short.filter(test)))]
 
 # %% ../nbs/api/11_mining.ipynb #cell-56
 @dataclass(frozen=True, eq=False)
@@ -327,7 +328,8 @@ class MiningReport:
     def _repr_html_(self) -> str: return report_html(self)
 
 # %% ../nbs/api/11_mining.ipynb #cell-58
-PLAIN = dict(tbl_rows=-1, tbl_cols=-1, fmt_str_lengths=60, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True)
+PLAIN = dict(tbl_rows=-1, tbl_cols=-1, fmt_str_lengths=60, tbl_hide_dataframe_shape=True,
+             tbl_hide_column_data_types=True)
 
 def report_parts(
     report: MiningReport,
@@ -409,9 +411,9 @@ def mine(
     judged, listed = rank_judged(emb, part), list_catalogue(emb, part, depth, factory, parameters)
     texts = part.products.select('product_id', text=product_text(part.products))
     pending = pending_samples(listed, judged, texts, window, margin, per_query)
-    settings = dict(data=data.name, fingerprint=data.fingerprint, split=split, queries=len(part.queries), factory=factory,
-                    parameters=parameters, depth=depth, window=list(window), margin=margin, per_query=per_query,
-                    boundaries=list(boundaries))
+    settings = dict(data=data.name, fingerprint=data.fingerprint, split=split, queries=len(part.queries),
+                    factory=factory, parameters=parameters, depth=depth, window=list(window), margin=margin,
+                    per_query=per_query, boundaries=list(boundaries))
     return assemble(hard_samples(judged, boundaries, depth), pending, judged, part, settings)
 
 # %% ../nbs/api/11_mining.ipynb #cell-66
@@ -437,7 +439,8 @@ def check_labels(
 ) -> None:
     "One clear error for labels that cannot be applied."
     lost = [name for name in ('query_id', 'product_id', 'grade', 'source') if name not in labels.columns]
-    if lost: raise ValueError(f"labels need the columns query_id, product_id, grade, source; missing: {', '.join(lost)}")
+    if lost: raise ValueError('labels need the columns query_id, product_id, grade, source; missing: '
+                              f"{', '.join(lost)}")
     keys = ['query_id', 'product_id']
     allowed = [UNJUDGED, *map(int, Grade)]
     for wrong, what in (

@@ -55,7 +55,7 @@ def scale(
     "A longer version of a recipe."
     return replace(recipe, steps=recipe.steps * factor, evaluate_every=recipe.evaluate_every * factor, **changes)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-7
+# %% ../nbs/api/17_pipeline.ipynb #cell-8
 TINY = {"steps": 4, "queries": 4, "products": 4, "evaluate_every": 2}
 FULL = {"freeze_embeddings": False, "max_length": 128, "queries": 32, "products": 16}
 PRESETS = {
@@ -65,7 +65,7 @@ PRESETS = {
     "full": Preset(scale(STAGE1, 12, **FULL), scale(STAGE2, 12, **FULL), market=(50000, 6000)),
 }  # fmt: skip
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-10
+# %% ../nbs/api/17_pipeline.ipynb #cell-11
 @dataclass(frozen=True)
 class Request:
     "What to run, and on what."
@@ -81,7 +81,7 @@ class Request:
         if self.preset not in PRESETS:
             raise ValueError(f"no preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-11
+# %% ../nbs/api/17_pipeline.ipynb #cell-13
 def cut_corner(
     data: RelevanceData,
     queries: int,  # kept per split, those with most judgments first
@@ -96,7 +96,7 @@ def cut_corner(
     kept = rest.sample(min(others, rest.height), seed=seed)["product_id"].to_list()
     return replace(data, judgments=judgments, products=data.products.filter(judged | pl.col("product_id").is_in(kept)))
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-12
+# %% ../nbs/api/17_pipeline.ipynb #cell-15
 def request_data(
     request: Request,
 ) -> RelevanceData:
@@ -108,7 +108,7 @@ def request_data(
     data = load_data(request.source, layout=request.layout, seed=request.seed)
     return data if preset.corner is None else cut_corner(data, *preset.corner, request.seed)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-16
+# %% ../nbs/api/17_pipeline.ipynb #cell-19
 def write_whole(
     path: Path,  # file or folder
     write: Callable[[Path], object],  # writes to the path that it is given
@@ -126,7 +126,7 @@ def write_json(path: Path, content: dict) -> Path:
     "JSON for people and programs, whole or not at all."
     return write_whole(path, lambda file: file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-19
+# %% ../nbs/api/17_pipeline.ipynb #cell-22
 ROWS_OF_EVALUATION = ("per_query", "pairs", "run")
 
 
@@ -151,7 +151,7 @@ def load_evaluation(folder: Path) -> Evaluation:
     frames = {name: pl.read_parquet(folder / f"{name}.parquet") for name in ROWS_OF_EVALUATION}
     return Evaluation(**json.loads((folder / "numbers.json").read_text(encoding="utf-8")), **frames)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-21
+# %% ../nbs/api/17_pipeline.ipynb #cell-24
 @dataclass
 class Run:
     "A run's folder, its memory and its voice."
@@ -177,7 +177,7 @@ class Run:
         write_json(self.folder / "run.json", self.record)
         console.print(f"  {name}: {self.record['seconds'][name]:.0f} s")
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-22
+# %% ../nbs/api/17_pipeline.ipynb #cell-26
 LIBRARIES = ("mine_refine_nb", "torch", "sentence-transformers", "transformers", "faiss-cpu", "polars", "ir-measures")
 
 
@@ -206,7 +206,7 @@ def open_run(
     write_json(memory, record)
     return Run(folder, request, data, progress, record, resume)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-24
+# %% ../nbs/api/17_pipeline.ipynb #cell-28
 MODELS = {"pretrained": None, "stage1": "stage1", "stage2": "model"}  # stage -> its folder in the run
 
 
@@ -229,7 +229,7 @@ def stage_vectors(run: Run, stage: str) -> Embeddings:
         run.vectors[stage] = embed(model, run.data, progress=run.progress)
     return run.vectors[stage]
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-25
+# %% ../nbs/api/17_pipeline.ipynb #cell-30
 def measure(
     run: Run,
     stage: str,  # a key of `MODELS`
@@ -245,7 +245,7 @@ def evaluations(run: Run, split: str = "test") -> dict[str, Evaluation]:
     folders = {stage: run.folder / "evaluations" / stage / split for stage in MODELS}
     return {stage: load_evaluation(folder) for stage, folder in folders.items() if folder.exists()}
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-27
+# %% ../nbs/api/17_pipeline.ipynb #cell-32
 def save_training(
     run: Run,
     stage: str,  # stage1 or stage2
@@ -261,8 +261,8 @@ def save_training(
 def run_stage1(run: Run) -> None:
     "Pretrained encoder to stage 1."
     model, recipe = load_stage(run, "pretrained"), replace(PRESETS[run.request.preset].stage1, seed=run.request.seed)
-    folder = run.folder / "training" / "stage1"
-    history = train_stage1(model, run.data, folder, recipe, resume=run.resume, progress=run.progress)
+    folder, scores = run.folder / "training" / "stage1", evaluations(run, "validation")["pretrained"].pairs["score"]
+    history = train_stage1(model, run.data, scores, folder, recipe, resume=run.resume, progress=run.progress)
     save_training(run, "stage1", model, history)
 
 
@@ -279,7 +279,7 @@ def run_stage2(run: Run) -> None:
     history = train_stage2(model, run.data, mined, scores, folder, recipe, resume=run.resume, progress=run.progress)
     save_training(run, "stage2", model, history)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-29
+# %% ../nbs/api/17_pipeline.ipynb #cell-34
 def threshold_table(run: Run) -> dict:
     "Per stage and boundary: the threshold chosen on validation, with balanced accuracy there and on test."
     table = {}
@@ -293,7 +293,7 @@ def threshold_table(run: Run) -> dict:
                 "threshold": best["threshold"], "balanced_accuracy_validation": best["bacc"], "balanced_accuracy_test": (recall + 1 - passed) / 2}  # fmt: skip
     return table
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-30
+# %% ../nbs/api/17_pipeline.ipynb #cell-36
 PAIRS_OF_STAGES = (("pretrained", "stage1"), ("stage1", "stage2"), ("pretrained", "stage2"))
 
 
@@ -314,7 +314,7 @@ def write_results(run: Run) -> None:
     mined = Mined.load(run.folder / "mined.parquet")
     write_report(run.folder / "report.html", run.record, tested, comparisons, histories, run.data, mining=mined.report)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-32
+# %% ../nbs/api/17_pipeline.ipynb #cell-38
 def run_pipeline(
     folder: str | Path,  # of the run
     request: Request,
@@ -333,7 +333,7 @@ def run_pipeline(
     run.step("report", lambda: write_results(run))
     return run
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-33
+# %% ../nbs/api/17_pipeline.ipynb #cell-40
 def results_table(
     run: Run,  # finished
     metrics: tuple[str, ...] = HEADLINE,
@@ -342,7 +342,7 @@ def results_table(
     tested = evaluations(run)
     return pl.DataFrame({"metric": metrics} | {stage: [one.values[name] for name in metrics] for stage, one in tested.items()})
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-35
+# %% ../nbs/api/17_pipeline.ipynb #cell-43
 def catalogue_vectors(
     folder: Path,  # of a finished run
     model: SentenceTransformer,  # its stage-2 encoder
@@ -355,7 +355,7 @@ def catalogue_vectors(
         write_whole(kept, lambda path: np.save(path.open("wb"), vectors))
     return np.load(kept, mmap_mode="r")
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-36
+# %% ../nbs/api/17_pipeline.ipynb #cell-44
 def search_run(
     folder: str | Path,  # of a finished run
     query: str,

@@ -57,7 +57,7 @@ def _dress(
     return figure.update_layout(template=TEMPLATE, height=height, margin_t=62 + 15 * len(lines),
                                 title=dict(text=title, subtitle=dict(text='<br>'.join(lines), font_size=12)))
 
-# %% ../nbs/api/15_plots.ipynb #cell-13
+# %% ../nbs/api/15_plots.ipynb #cell-11
 class LightRenderer(MimetypeRenderer):
     "Figure as plotly JSON for JupyterLab and as a small `<div>` for pages; the same bytes on every run."
     def __init__(self): self.count = itertools.count(1)
@@ -73,7 +73,7 @@ class LightRenderer(MimetypeRenderer):
                            default_height='360px', div_id=f'figure-{name}-{next(self.count)}')
         return {'application/vnd.plotly.v1+json': data, 'text/html': page}
 
-# %% ../nbs/api/15_plots.ipynb #cell-15
+# %% ../nbs/api/15_plots.ipynb #cell-13
 def use_light_renderer() -> None:
     "Make notebooks store figures without plotly.js, in the house's template (kilobytes instead of 10 MB)."
     pio.renderers['light'] = LightRenderer()
@@ -81,7 +81,7 @@ def use_light_renderer() -> None:
     pio.templates['mine_refine'] = TEMPLATE
     pio.templates.default = 'mine_refine'
 
-# %% ../nbs/api/15_plots.ipynb #cell-18
+# %% ../nbs/api/15_plots.ipynb #cell-16
 def _need(
     frame: pl.DataFrame, # what the caller passed
     columns: tuple[str, ...], # what the picture reads
@@ -93,7 +93,7 @@ def _need(
                                  f'{", ".join(frame.columns) or "none"}. Rename or add them.')
     return frame
 
-# %% ../nbs/api/15_plots.ipynb #cell-21
+# %% ../nbs/api/15_plots.ipynb #cell-19
 def figure_text(
     text: str | None, # product title, query or name, as it came from the data
     width: int = 60, # characters to keep
@@ -102,7 +102,7 @@ def figure_text(
     line = ' '.join((text or '').split())
     return html.escape(line if len(line) <= width else line[:width - 1] + '…', quote=False)
 
-# %% ../nbs/api/15_plots.ipynb #cell-24
+# %% ../nbs/api/15_plots.ipynb #cell-22
 def _short(
     values, # numbers in any sequence
     digits: int = 4, # after the point
@@ -110,7 +110,7 @@ def _short(
     "Numbers for a figure: rounded, four bytes each."
     return np.asarray(values, np.float64).round(digits).astype(np.float32)
 
-# %% ../nbs/api/15_plots.ipynb #cell-26
+# %% ../nbs/api/15_plots.ipynb #cell-24
 def _alpha(
     color: str, # '#RRGGBB'
     alpha: float, # 0 transparent .. 1 opaque
@@ -118,7 +118,7 @@ def _alpha(
     "A colour of the house, made translucent."
     return f'rgba({int(color[1:3], 16)},{int(color[3:5], 16)},{int(color[5:7], 16)},{alpha})'
 
-# %% ../nbs/api/15_plots.ipynb #cell-28
+# %% ../nbs/api/15_plots.ipynb #cell-26
 def _edges(
     frames: list[pl.DataFrame], # each with score
     bins: int, # number of bins
@@ -130,7 +130,7 @@ def _edges(
         raise ValueError('plot_strata: some scores are not finite. Check the model that made them.')
     return np.histogram_bin_edges(scores, bins=bins)
 
-# %% ../nbs/api/15_plots.ipynb #cell-30
+# %% ../nbs/api/15_plots.ipynb #cell-28
 def _stratum(
     scores: np.ndarray, # [n] scores of the pairs of one grade
     grade: int, # 2, 1, 0 or -1
@@ -145,7 +145,7 @@ def _stratum(
         line=dict(shape='hv', width=1.8, color=GRADE_COLORS[grade], dash=GRADE_DASHES[grade]),
         hovertemplate='from %{x:.3f}: %{customdata} pairs, %{y:.1%}')
 
-# %% ../nbs/api/15_plots.ipynb #cell-32
+# %% ../nbs/api/15_plots.ipynb #cell-30
 def _stage_title(
     stage: str, # 'pretrained', 'stage1', ...
     values: dict[str, float] | None, # metrics of that stage, of which auc_2 and auc_1 are shown
@@ -154,7 +154,7 @@ def _stage_title(
     aucs = [f'{name} {values[name]:.3f}' for name in ('auc_2', 'auc_1') if values and name in values]
     return f'<b>{figure_text(stage)}</b>' + (f'<br><sup>{" · ".join(aucs)}</sup>' if aucs else '')
 
-# %% ../nbs/api/15_plots.ipynb #cell-34
+# %% ../nbs/api/15_plots.ipynb #cell-32
 def plot_strata(
     pairs_by_stage: dict[str, pl.DataFrame], # stage -> frame with grade (-1 to 2) and score, one row per pair
     thresholds: dict[str, list[float]] | None = None, # stage -> scores to draw a line at
@@ -179,7 +179,7 @@ def plot_strata(
     return _dress(figure, 'Scores per grade, before and after', 'Each curve is the share of that grade\'s pairs; '
                   'the less they overlap, the better one threshold works', 420).update_layout(margin_t=132)
 
-# %% ../nbs/api/15_plots.ipynb #cell-39
+# %% ../nbs/api/15_plots.ipynb #cell-37
 def _thin(
     curve: pl.DataFrame, # step, value of one name, in order
     points: int = 300, # most points to keep
@@ -188,7 +188,7 @@ def _thin(
     if len(curve) <= points: return curve
     return curve[np.linspace(0, len(curve) - 1, points).round().astype(int).tolist()]
 
-# %% ../nbs/api/15_plots.ipynb #cell-41
+# %% ../nbs/api/15_plots.ipynb #cell-39
 def _curves(
     curve: pl.DataFrame, # step, value of one name
     name: str, # 'loss', 'ndcg@10', ...
@@ -208,7 +208,7 @@ def _curves(
     return [line(curve, line=dict(color=_alpha(color, .4), width=1), showlegend=False),
             line(mean, line=dict(color=color, width=2.5))]
 
-# %% ../nbs/api/15_plots.ipynb #cell-43
+# %% ../nbs/api/15_plots.ipynb #cell-41
 def plot_training(
     history: pl.DataFrame, # step, name, value: every name that contains 'loss' goes above, the rest below
     stage: str = 'training', # whose curves: part of the title
@@ -229,14 +229,14 @@ def plot_training(
     return _dress(figure, f'Training curves: {figure_text(stage)}', 'Loss of the batches (thin) and its running mean '
                   '(bold); validation on held-out queries', 240 + 130 * len(panels))
 
-# %% ../nbs/api/15_plots.ipynb #cell-48
+# %% ../nbs/api/15_plots.ipynb #cell-46
 def _locales(
     judgments: pl.DataFrame, # locale may be null
 ) -> pl.DataFrame: # locale is text; null has become 'no locale'
     "Judgments with a locale to group by."
     return judgments.with_columns(pl.col('locale').fill_null('no locale'))
 
-# %% ../nbs/api/15_plots.ipynb #cell-50
+# %% ../nbs/api/15_plots.ipynb #cell-48
 def plot_grade_mix(
     judgments: pl.DataFrame, # locale, grade: one row per judged pair
 ) -> go.Figure: # one stacked bar per locale
@@ -255,7 +255,7 @@ def plot_grade_mix(
     return _dress(figure, 'Grades per locale', 'Share of judged pairs; their number beside the locale',
                   190 + 42 * counts['locale'].n_unique())
 
-# %% ../nbs/api/15_plots.ipynb #cell-54
+# %% ../nbs/api/15_plots.ipynb #cell-52
 def plot_judged_per_query(
     judgments: pl.DataFrame, # query_id, locale: one row per judged pair
     bins: int = 30, # most bars; one per count where the counts allow it
@@ -277,7 +277,7 @@ def plot_judged_per_query(
     return _dress(figure, 'Judged products per query',
                   f'{len(counts):,} queries, median {np.median(counts):g}; short lists tell little')
 
-# %% ../nbs/api/15_plots.ipynb #cell-58
+# %% ../nbs/api/15_plots.ipynb #cell-56
 def query_deltas(
     a: pl.DataFrame, # query_id, query and the metric: the model before
     b: pl.DataFrame, # the same for the model after, over the same queries
@@ -292,7 +292,7 @@ def query_deltas(
     return (joined.with_columns(delta=pl.col('b') - pl.col('a'))
             .filter(pl.col('delta').is_not_nan() & pl.col('delta').is_not_null()).sort('delta', 'query_id'))
 
-# %% ../nbs/api/15_plots.ipynb #cell-60
+# %% ../nbs/api/15_plots.ipynb #cell-58
 def plot_query_deltas(
     a: pl.DataFrame, # query_id, query and the metric: the model before
     b: pl.DataFrame, # the same for the model after, over the same queries
@@ -317,7 +317,7 @@ def plot_query_deltas(
     return _dress(figure, f'{figure_text(metric)} per query: {figure_text(names[1])} vs {figure_text(names[0])}',
                   f'{gain:,} queries gain, {loss:,} lose, {len(deltas) - gain - loss:,} unchanged; mean {mean:+.4f}')
 
-# %% ../nbs/api/15_plots.ipynb #cell-64
+# %% ../nbs/api/15_plots.ipynb #cell-62
 def plot_metrics(
     comparisons: dict[str, pl.DataFrame], # 'stage2 vs pretrained' -> metric, difference, low, high, p_corrected
 ) -> go.Figure: # a dot with its interval per metric and comparison
@@ -341,7 +341,7 @@ def plot_metrics(
     return _dress(figure, 'Paired differences with 95% intervals', 'Filled: significant at 5% after correction; '
                   'hollow: not. overlap is better when lower', 190 + 42 * rows)
 
-# %% ../nbs/api/15_plots.ipynb #cell-68
+# %% ../nbs/api/15_plots.ipynb #cell-66
 def _principal(
     vectors: np.ndarray, # [n, d]
 ) -> tuple[np.ndarray, float]: # [n, 2] coordinates and the share of variance that they keep
@@ -351,7 +351,7 @@ def _principal(
     axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), np.abs(axes[:2]).argmax(1)])[:, None]
     return centred @ axes.T, float((sizes[:2] ** 2).sum() / max((sizes ** 2).sum(), 1e-12))
 
-# %% ../nbs/api/15_plots.ipynb #cell-70
+# %% ../nbs/api/15_plots.ipynb #cell-68
 def _sample(
     grades: np.ndarray, # [n] with -1 for unjudged
     cap: int, # most points
@@ -361,7 +361,7 @@ def _sample(
     order = np.random.default_rng(seed).permutation(len(grades))
     return np.sort(order[np.argsort(grades[order] == -1, kind='stable')][:cap])
 
-# %% ../nbs/api/15_plots.ipynb #cell-72
+# %% ../nbs/api/15_plots.ipynb #cell-70
 def _dots(
     xy: np.ndarray, # [n, 2] coordinates
     texts: list[str], # [n] titles, as they came from the data
@@ -372,7 +372,7 @@ def _dots(
     return go.Scatter(x=_short(xy[:, 0], 3), y=_short(xy[:, 1], 3), mode='markers', name=name, marker=marker,
                       text=[figure_text(t, 40) for t in texts], hovertemplate='%{text}')
 
-# %% ../nbs/api/15_plots.ipynb #cell-74
+# %% ../nbs/api/15_plots.ipynb #cell-72
 def plot_map(
     points: pl.DataFrame, # grade (-1 unjudged) and title, one row per product
     vectors: np.ndarray, # [n, d] embeddings of the same products

@@ -18,7 +18,7 @@ from .data import RelevanceData
 from .grades import UNJUDGED, Grade
 from .losses import MultiClassCircleLoss
 from .mining import Mined
-from .stage1 import stage1_losses
+from .stage1 import fitting_temperature, stage1_losses
 from .training import Recipe, train
 
 # %% ../nbs/api/12_stage2.ipynb #cell-5
@@ -51,9 +51,9 @@ CIRCLE_WEIGHT = 0.2
 
 def stage2_losses(
     centers: Sequence[float],  # one per grade, see `level_centers`
+    temperature: float,  # of the contrast, see `stage1.fitting_temperature`
     margin: float = 0.25,  # in gaps between centres
     gamma: float = 32.0,  # sharpness per gap
-    temperature: float = 0.03,  # of the contrast, in cosines
 ) -> dict:  # name -> loss, for the trainer
     "Multi-class circle loss on judged pairs, beside the contrast of stage 1."
     return {"circle": MultiClassCircleLoss(centers, margin=margin, gamma=gamma)} | stage1_losses(temperature)
@@ -71,6 +71,6 @@ def train_stage2(
     progress: bool = True,  # show a bar
 ) -> pl.DataFrame:  # history: step, name, value
     "Refine a stage-1 encoder so that grades fall into bands of their own."
-    losses = stage2_losses(level_centers(scores) if centers is None else centers)
+    losses = stage2_losses(level_centers(scores) if centers is None else centers, fitting_temperature(scores))
     hard = mined.rows.filter(pl.col("grade") != UNJUDGED)
     return train(model, with_mined(data, mined), losses, recipe, folder, {"circle": CIRCLE_WEIGHT}, hard, resume, progress)

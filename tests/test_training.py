@@ -143,7 +143,7 @@ def test_a_killed_training_resumes_to_the_same_weights(market, tmp_path, monkeyp
     def one(folder, resume=False):
         torch.manual_seed(1)
         model = load_backbone("all-MiniLM-L6-v2")
-        history = train_stage1(model, market, folder, TINY, resume=resume, progress=False)
+        history = train_stage1(model, market, [0.2, 0.4, 0.6], folder, TINY, resume=resume, progress=False)
         return encode(model, ["steel pan", "blue running shoes"], "query"), history
 
     straight, history = one(tmp_path / "straight")
