@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pandera.polars as pa
@@ -1033,7 +1033,7 @@ def data_html(
 def hash_frame(
     frame: pl.DataFrame | None,
     keys: Sequence[str] | None,   # columns that tell its rows apart; None: all of them
-    digest: "hashlib._Hash",      # updated with the content
+    digest: Any,                  # a hashlib hash, updated with the content
     rows: int = 100_000,          # written out at a time: a whole catalogue as text would not fit in memory
 ) -> None:
     "Feed a frame's sorted content into a hash."
