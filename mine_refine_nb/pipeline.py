@@ -57,7 +57,7 @@ def scale(
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-8
 TINY = {"steps": 4, "queries": 4, "products": 4, "evaluate_every": 2}
-FULL = {"freeze_embeddings": False, "max_length": 128, "queries": 32, "products": 16}
+FULL = {"freeze_embeddings": False, "freeze_layers": 0.0, "max_length": 128, "queries": 32, "products": 16}
 PRESETS = {
     "smoke": Preset(replace(STAGE1, **TINY), replace(STAGE2, **TINY), market=(240, 60), corner=(12, 40)),
     "quick": Preset(STAGE1, STAGE2, market=(1500, 240)),

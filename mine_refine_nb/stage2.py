@@ -21,7 +21,7 @@ from .mining import Mined
 from .stage1 import fitting_temperature, stage1_losses
 from .training import Recipe, train
 
-# %% ../nbs/api/12_stage2.ipynb #cell-5
+# %% ../nbs/api/12_stage2.ipynb #cell-6
 def level_centers(
     scores: Sequence[float],  # cosines of judged pairs, by the encoder that stage 2 starts from
     levels: int = len(Grade),  # grades of the scale
@@ -34,7 +34,7 @@ def level_centers(
     reach = min(widen * scores.std(), 1 - abs(scores.mean()))
     return tuple((scores.mean() + np.linspace(-reach, reach, levels)).round(4).tolist())
 
-# %% ../nbs/api/12_stage2.ipynb #cell-9
+# %% ../nbs/api/12_stage2.ipynb #cell-10
 def with_mined(
     data: RelevanceData,
     mined: Mined,
@@ -44,9 +44,9 @@ def with_mined(
     new = graded.join(data.judgments, on=["query_id", "product_id"], how="anti").select(data.judgments.columns)
     return replace(data, judgments=pl.concat([data.judgments, new.cast(dict(data.judgments.schema))]))
 
-# %% ../nbs/api/12_stage2.ipynb #cell-11
-STAGE2 = Recipe(steps=100, queries=12, products=12, rich_share=0.75, learning_rate=2e-5)
-CIRCLE_WEIGHT = 0.2
+# %% ../nbs/api/12_stage2.ipynb #cell-12
+STAGE2 = Recipe(steps=60, queries=16, products=8, rich_share=0.5, learning_rate=1e-5, evaluate_every=20)
+CIRCLE_WEIGHT = 0.05
 
 
 def stage2_losses(
@@ -58,7 +58,7 @@ def stage2_losses(
     "Multi-class circle loss on judged pairs, beside the contrast of stage 1."
     return {"circle": MultiClassCircleLoss(centers, margin=margin, gamma=gamma)} | stage1_losses(temperature)
 
-# %% ../nbs/api/12_stage2.ipynb #cell-12
+# %% ../nbs/api/12_stage2.ipynb #cell-14
 def train_stage2(
     model: SentenceTransformer,  # from stage 1; trained in place
     data: RelevanceData,  # as in stage 1
