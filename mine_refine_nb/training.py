@@ -67,7 +67,7 @@ def endless(
     while rows:
         yield from rng.permutation(rows).tolist()
 
-# %% ../nbs/api/09_training.ipynb #cell-12
+# %% ../nbs/api/09_training.ipynb #cell-13
 def batch_shares(
     rich: int,  # rich queries of a locale
     others: int,  # its other queries
@@ -79,7 +79,7 @@ def batch_shares(
     first = min(rich, max(wanted, size - others))
     return first, min(others, size - first)
 
-# %% ../nbs/api/09_training.ipynb #cell-14
+# %% ../nbs/api/09_training.ipynb #cell-16
 def distinct(
     draw: Iterator[int],  # from `endless`
     number: int,  # how many, at most as many as there are
@@ -90,7 +90,7 @@ def distinct(
         rows[next(draw)] = None
     return list(rows)
 
-# %% ../nbs/api/09_training.ipynb #cell-16
+# %% ../nbs/api/09_training.ipynb #cell-18
 class ListSampler(DefaultBatchSampler):
     "Batches of query rows, each from one locale and with a share of rich queries; the trainer's `batch_sampler`."
 
@@ -122,7 +122,7 @@ class ListSampler(DefaultBatchSampler):
             takes = batch_shares(*map(len, self.rows[locale]), self.batch_size, self.rich_share)
             yield [row for draw, take in zip(draws[locale], takes) for row in distinct(draw, take)]
 
-# %% ../nbs/api/09_training.ipynb #cell-20
+# %% ../nbs/api/09_training.ipynb #cell-22
 def sample_products(
     row: dict,  # of `query_lists`: products (row numbers), grades, hard
     most: int,  # how many to take
@@ -137,7 +137,7 @@ def sample_products(
         seen[row["grades"][place]] += 1
     return [row["products"][place] for place in sorted(places, key=turn.get)[:most]]
 
-# %% ../nbs/api/09_training.ipynb #cell-23
+# %% ../nbs/api/09_training.ipynb #cell-26
 def grade_matrix(
     rows: list[dict],  # of `query_lists`
     columns: list[int],  # row numbers of the batch's products
@@ -151,7 +151,7 @@ def grade_matrix(
                 matrix[query, place[product]] = grade
     return matrix
 
-# %% ../nbs/api/09_training.ipynb #cell-26
+# %% ../nbs/api/09_training.ipynb #cell-30
 def column_tokens(
     model: SentenceTransformer,  # tokenises, with its own prompts
     name: str,  # of the text column
@@ -162,7 +162,7 @@ def column_tokens(
     features = model.preprocess(texts, prompt=model.prompts.get(side) or None, task=side)
     return {f"{name}_{key}": value for key, value in features.items() if isinstance(value, torch.Tensor)}
 
-# %% ../nbs/api/09_training.ipynb #cell-27
+# %% ../nbs/api/09_training.ipynb #cell-31
 @dataclass
 class ListCollator:
     "Turns rows of `query_lists` into tokens and a grade matrix; the trainer's `data_collator`."
@@ -185,7 +185,7 @@ class ListCollator:
             batch |= column_tokens(self.model, f"product{number}", [self.texts[product] for product in part], "document")
         return batch | {"label": grade_matrix(rows, columns)}
 
-# %% ../nbs/api/09_training.ipynb #cell-31
+# %% ../nbs/api/09_training.ipynb #cell-35
 def score_matrix(
     model: SentenceTransformer,
     features: list[dict[str, torch.Tensor]],  # tokens of the queries, then of the product chunks
@@ -195,7 +195,7 @@ def score_matrix(
     products = torch.cat([model(chunk, task="document")["sentence_embedding"].float() for chunk in features[1:]])
     return nn.functional.normalize(queries, dim=-1) @ nn.functional.normalize(products, dim=-1).T
 
-# %% ../nbs/api/09_training.ipynb #cell-32
+# %% ../nbs/api/09_training.ipynb #cell-37
 class ScoreMatrixLoss(nn.Module):
     "The trainer's loss: encodes a batch, then sums weighted graded losses over its score matrix."
 
@@ -217,7 +217,7 @@ class ScoreMatrixLoss(nn.Module):
         scores = score_matrix(self.model, features)
         return {name: self.weights[name] * loss(scores, labels) for name, loss in self.losses.items()}
 
-# %% ../nbs/api/09_training.ipynb #cell-35
+# %% ../nbs/api/09_training.ipynb #cell-40
 def validation_sample(
     data: RelevanceData,
     split: str = "validation",  # whose queries are kept
@@ -232,7 +232,7 @@ def validation_sample(
     kept = judged | data.products["product_id"].is_in(sample)
     return replace(part, products=data.products.filter(kept))
 
-# %% ../nbs/api/09_training.ipynb #cell-38
+# %% ../nbs/api/09_training.ipynb #cell-43
 OBJECTIVE = ("ndcg@10", "auc_2", "auc_1")
 
 
@@ -257,7 +257,7 @@ class GradedEvaluator(BaseEvaluator):
     def description(self) -> str:
         return "graded relevance"
 
-# %% ../nbs/api/09_training.ipynb #cell-41
+# %% ../nbs/api/09_training.ipynb #cell-46
 @dataclass(frozen=True)
 class Recipe:
     "Settings of one training run."
@@ -274,7 +274,7 @@ class Recipe:
     max_length: int = 64  # tokens of a text, the rest is cut
     seed: int = 0
 
-# %% ../nbs/api/09_training.ipynb #cell-42
+# %% ../nbs/api/09_training.ipynb #cell-48
 def freeze(
     model: SentenceTransformer,
     embeddings: bool = True,  # fix what lies below the layers: word and position embeddings
@@ -292,7 +292,7 @@ def freeze(
     stack[: round(layers * len(stack))].requires_grad_(False)
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
-# %% ../nbs/api/09_training.ipynb #cell-45
+# %% ../nbs/api/09_training.ipynb #cell-51
 def training_arguments(
     recipe: Recipe,
     folder: Path,  # checkpoints
@@ -312,7 +312,7 @@ def training_arguments(
         dataloader_pin_memory=device.type != "cpu", **(every | best if validate else {"save_steps": recipe.steps}),
     )  # fmt: skip
 
-# %% ../nbs/api/09_training.ipynb #cell-47
+# %% ../nbs/api/09_training.ipynb #cell-53
 class LossBar(ProgressCallback):
     "The trainer's bar, with the loss beside it instead of a line per log."
 
@@ -344,7 +344,7 @@ def quieten(
     if progress:
         trainer.add_callback(LossBar)
 
-# %% ../nbs/api/09_training.ipynb #cell-49
+# %% ../nbs/api/09_training.ipynb #cell-55
 def training_history(
     log: list[dict],  # the trainer's `state.log_history`
 ) -> pl.DataFrame:  # step, name, value
@@ -358,7 +358,7 @@ def training_history(
     ]
     return pl.DataFrame(rows, schema={"step": pl.Int64, "name": pl.String, "value": pl.Float64}, orient="row").unique(maintain_order=True)
 
-# %% ../nbs/api/09_training.ipynb #cell-52
+# %% ../nbs/api/09_training.ipynb #cell-58
 def blend(
     model: SentenceTransformer,  # its weights are replaced
     before: dict[str, torch.Tensor],  # trained weights as they were at the start, by name
@@ -368,7 +368,7 @@ def blend(
     "Set the weights `share` of the way along the line from `before` to `after`."
     model.load_state_dict({name: torch.lerp(before[name], after[name], share) for name in before}, strict=False)
 
-# %% ../nbs/api/09_training.ipynb #cell-53
+# %% ../nbs/api/09_training.ipynb #cell-60
 SHARES = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -387,14 +387,14 @@ def keep_best_blend(
     blend(model, before, after, max(found, key=found.get))
     return found
 
-# %% ../nbs/api/09_training.ipynb #cell-55
+# %% ../nbs/api/09_training.ipynb #cell-62
 def without_dropout(model: SentenceTransformer) -> None:
     "Set every dropout of a model to zero."
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
-# %% ../nbs/api/09_training.ipynb #cell-56
+# %% ../nbs/api/09_training.ipynb #cell-64
 def build_trainer(
     model: SentenceTransformer,
     data: RelevanceData,
@@ -418,7 +418,7 @@ def build_trainer(
     quieten(trainer, progress)
     return trainer
 
-# %% ../nbs/api/09_training.ipynb #cell-57
+# %% ../nbs/api/09_training.ipynb #cell-65
 def train(
     model: SentenceTransformer,  # trained in place
     data: RelevanceData,  # train and validation splits, catalogue
