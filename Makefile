@@ -18,12 +18,12 @@ $(READY): constraints.txt settings.ini setup.py tools/install.sh
 	@PYTHON="$(PYTHON)" sh tools/install.sh
 
 demo: $(READY)  ## run the main job on the simulated market: a table of three stages and runs/demo/report.html
-	@$(BIN)/mine-refine run market --out runs/demo --preset quick
+	@$(BIN)/mine-refine run market --out runs/demo --preset quick --resume
 
 test: $(READY)  ## every check, in order, up to the first that fails
 	@$(BIN)/python tools/gates.py
 	@$(BIN)/python tools/build_site.py
-	@$(BIN)/python -m pytest -q --durations=15
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=15
 
 docs: $(READY)  ## README.md from nbs/index.ipynb, and the site in _docs/
 	@$(BIN)/python tools/readme.py

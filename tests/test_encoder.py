@@ -15,10 +15,10 @@ from mine_refine_nb.encoder import BLOCK, add_heads, dequantise, embed, encode, 
 TEXTS = ["wireless mouse", "Zapatillas de montaña para mujer, talla 38", "ワイヤレス マウス 静音", "ﾜｲﾔﾚｽ ﾏｳｽ", "2～3人用テント", "ﬁne  spaces\tand tabs",
          "50% de descuento: ¿cuál?", "🎧 headphones — over-ear", "a" * 300, "1/2 pvc coupling without stop", "　全角　スペース　"]
 
-
 @pytest.fixture(scope="module")
 def e5():
     return load_backbone()
+pytestmark = pytest.mark.xdist_group("encoder")  # one worker: they share what is slow to build
 
 
 @pytest.fixture(scope="module")

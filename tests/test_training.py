@@ -24,10 +24,10 @@ from mine_refine_nb.training import ListCollator, ListSampler, Recipe, ScoreMatr
 
 TINY = Recipe(steps=6, queries=4, products=4, evaluate_every=3, learning_rate=2e-4, max_length=32)
 
-
 @pytest.fixture(scope="module")
 def market():
     return simulate(products=300, queries=60, locales=("en",), seed=3)
+pytestmark = pytest.mark.xdist_group("training")  # one worker: they share what is slow to build
 
 
 @pytest.fixture()
@@ -69,11 +69,12 @@ def test_every_query_gets_its_turn():
     assert set(drawn) == set(range(28))
 
 
-def test_a_list_shows_its_rare_grades_and_hard_pairs_first():
+def test_a_list_shows_its_rare_grades_and_hard_pairs_more_often():
     row = {"products": list(range(40)), "grades": [2] * 38 + [0, 0], "hard": [p == 7 for p in range(40)]}
-    for seed in range(20):
-        taken = sample_products(row, 4, np.random.default_rng(seed))
-        assert {38, 39, 7} <= set(taken) and len(taken) == 4
+    draws = [sample_products(row, 8, np.random.default_rng(seed)) for seed in range(600)]
+    assert all({38, 39} <= set(taken) and len(taken) == len(set(taken)) == 8 for taken in draws)
+    hard, other = (sum(p in taken for taken in draws) for p in (7, 8))
+    assert 1.4 * other < hard < 3 * other
 
 
 def test_the_grade_matrix_is_the_judgments(market, model, lists):
