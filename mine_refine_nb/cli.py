@@ -102,7 +102,7 @@ def simulate(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A saved model, a packaged backbone or a hub name.")],
-    data: Annotated[Path, typer.Argument(help="A data folder.")],
+    data: Annotated[str, typer.Argument(help="A data folder, or `market`.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     layout: Annotated[str | None, typer.Option(help="own, esci, wands or beir; detected when not given.")] = None,
     seed: Annotated[int, typer.Option(help="Of the data split, where the data brings none.")] = 0,
@@ -110,13 +110,12 @@ def evaluate(
 ) -> None:
     "Graded ranking and separation of one encoder on one split."
     quiet_libraries()
-    from mine_refine_nb.data import load_data
     from mine_refine_nb.encoder import embed, load_backbone
     from mine_refine_nb.metrics import HEADLINE
     from mine_refine_nb.metrics import evaluate as evaluate_vectors
-    from mine_refine_nb.pipeline import write_json
+    from mine_refine_nb.pipeline import Request, request_data, write_json
 
-    loaded = load_data(data, layout=layout, seed=seed)
+    loaded = request_data(Request(data, layout=layout, seed=seed))
     result = evaluate_vectors(embed(load_backbone(model), loaded, split, progress=True), loaded, split)
     if json_file:
         write_json(json_file, result.to_dict())

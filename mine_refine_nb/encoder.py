@@ -6,8 +6,8 @@
 __all__ = ['HEADER', 'HEADER_FIELDS', 'SILENT', 'SPACES', 'TILDE', 'STAND_IN', 'BLOCK', 'EMBEDDING_NAMES', 'LAYER_NAMES',
            'E5_PROMPTS', 'DEFAULT_BACKBONE', 'FAMILY_PROMPTS', 'PACKAGED', 'read_header', 'read_vocabulary',
            'build_tokenizer', 'dequantise', 'read_tensors', 'bert_name', 'build_bert', 'load_packaged_e5',
-           'principal_directions', 'add_heads', 'load_packaged_minilm', 'load_backbone', 'Embeddings', 'fast_dtype',
-           'encode', 'embed']
+           'principal_directions', 'add_heads', 'load_packaged_minilm', 'check_backbone', 'load_backbone', 'Embeddings',
+           'fast_dtype', 'encode', 'embed']
 
 # %% ../nbs/api/07_encoder.ipynb #cell-3
 import struct
@@ -208,14 +208,21 @@ def load_packaged_minilm() -> SentenceTransformer:
 PACKAGED = {DEFAULT_BACKBONE: load_packaged_e5, "all-MiniLM-L6-v2": load_packaged_minilm}
 
 # %% ../nbs/api/07_encoder.ipynb #cell-42
+def check_backbone(
+    name: str | Path,  # as for `load_backbone`
+) -> None:
+    "Refuse a name that can be nothing: neither packaged, nor a folder, nor `owner/model`; raises ValueError."
+    if str(name) not in PACKAGED and not Path(name).is_dir() and str(name).count("/") != 1:
+        raise ValueError(f"no backbone {str(name)!r}: packaged ones are {', '.join(PACKAGED)}; else give a folder or 'owner/model' on the hub")
+
+# %% ../nbs/api/07_encoder.ipynb #cell-44
 def load_backbone(
     name: str | Path = DEFAULT_BACKBONE,  # a key of `PACKAGED`, a saved model's folder, or a hub name such as `intfloat/multilingual-e5-small`
 ) -> SentenceTransformer:
     "A pretrained encoder by name; safetensors only, no remote code. Raises ValueError with what to do."
+    check_backbone(name)
     if str(name) in PACKAGED:
         return PACKAGED[str(name)]()
-    if not Path(name).is_dir() and str(name).count("/") != 1:
-        raise ValueError(f"no backbone {str(name)!r}: packaged ones are {', '.join(PACKAGED)}; else give a folder or 'owner/model' on the hub")
     try:
         model = SentenceTransformer(str(name), trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
@@ -224,7 +231,7 @@ def load_backbone(
     model.prompts = {side: model.prompts.get(side) or family.get(side, "") for side in ("query", "document")}
     return model
 
-# %% ../nbs/api/07_encoder.ipynb #cell-48
+# %% ../nbs/api/07_encoder.ipynb #cell-50
 @dataclass(frozen=True)
 class Embeddings:
     "Unit vectors of a data set under one model."
@@ -237,7 +244,7 @@ class Embeddings:
     def __repr__(self) -> str:
         return f"Embeddings({len(self.query_ids):,} queries x {len(self.product_ids):,} products, {self.products.shape[1]} dimensions)"
 
-# %% ../nbs/api/07_encoder.ipynb #cell-50
+# %% ../nbs/api/07_encoder.ipynb #cell-52
 def fast_dtype(
     device: torch.device | str,  # where the model is
 ) -> torch.dtype | None:  # bfloat16, or None where float32 is as fast
@@ -247,7 +254,7 @@ def fast_dtype(
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return torch.bfloat16 if torch.device(device).type == "cpu" and native else None
 
-# %% ../nbs/api/07_encoder.ipynb #cell-51
+# %% ../nbs/api/07_encoder.ipynb #cell-53
 def encode(
     model: SentenceTransformer,
     texts: list[str],
@@ -262,7 +269,7 @@ def encode(
         vectors = one_side(texts, batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True)
     return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
 
-# %% ../nbs/api/07_encoder.ipynb #cell-53
+# %% ../nbs/api/07_encoder.ipynb #cell-55
 def embed(
     model: SentenceTransformer,
     data: RelevanceData,

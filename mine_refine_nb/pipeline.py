@@ -26,7 +26,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from .data import RelevanceData, candidates, load_data, product_text
-from .encoder import DEFAULT_BACKBONE, Embeddings, add_heads, embed, encode, load_backbone
+from .encoder import DEFAULT_BACKBONE, Embeddings, add_heads, check_backbone, embed, encode, load_backbone
 from .grades import Grade
 from .market import simulate
 from .metrics import HEADLINE, Evaluation, best_threshold, compare, evaluate
@@ -80,6 +80,7 @@ class Request:
     def __post_init__(self):
         if self.preset not in PRESETS:
             raise ValueError(f"no preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
+        check_backbone(self.backbone)
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-13
 def cut_corner(
@@ -357,13 +358,13 @@ def catalogue_vectors(
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-44
 def search_run(
-    folder: str | Path,  # of a finished run
+    folder: str | Path,  # of a finished run, or its `model` folder
     query: str,
     k: int = 10,  # products to return
     locale: str | None = None,  # search only this locale's products
 ) -> pl.DataFrame:  # rank, score, verdict, product_id, title
     "Best products for a query, with the verdict of the run's thresholds."
-    folder = Path(folder)
+    folder = Path(folder).parent if Path(folder).name == "model" else Path(folder)
     if not (folder / "model").is_dir() or not (folder / "thresholds.json").exists():
         raise ValueError(f"{folder} holds no finished run: give the folder that `mine-refine run` wrote with --out")
     if not query.strip():

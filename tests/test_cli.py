@@ -76,6 +76,7 @@ def test_a_folder_in_use_is_not_overwritten(folder):
 def test_search_answers_with_scores_and_verdicts(folder):
     shown = call("search", folder, "phone case", "-k", 3, "--locale", "en").stdout
     assert "verdict" in shown and "case" in shown.lower()
+    assert call("search", folder / "model", "phone case", "-k", 3, "--locale", "en").stdout == shown
     assert "no finished run" in call("search", folder / "nothing", "x", code=2).stderr
     assert "empty" in call("search", folder, " ", code=2).stderr
 
@@ -85,6 +86,7 @@ def test_simulate_then_evaluate(tmp_path):
     assert "200 products" in made
     assert "not empty" in call("simulate", tmp_path / "market", code=2).stderr
     call("evaluate", "all-MiniLM-L6-v2", tmp_path / "market", "--json", tmp_path / "numbers.json")
+    assert "no split 'tset'" in call("evaluate", "all-MiniLM-L6-v2", tmp_path / "market", "--split", "tset", code=2).stderr
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert set(HEADLINE) <= set(numbers) and set(numbers["per_locale"]) == {"en", "es"}
 
@@ -98,7 +100,7 @@ def test_simulate_then_evaluate(tmp_path):
 def test_mistakes_end_in_one_line(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = call(*arguments, code=2)
-    assert says in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "x" / "metrics.json").exists()
+    assert says in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "x").exists()
 
 
 def test_broken_data_is_named_and_nothing_is_written(tmp_path):
@@ -118,4 +120,4 @@ def test_unknown_options_name_the_choices():
 def test_esci_in_its_published_layout(tmp_path):
     call("run", ESCI, "--out", tmp_path / "esci", *SMOKE)
     metrics = json.loads((tmp_path / "esci" / "metrics.json").read_text())
-    assert set(metrics["stage2"]["per_locale"]) == {"us", "es", "jp"} or "us" in metrics["stage2"]["per_locale"]
+    assert "us" in metrics["stage2"]["per_locale"] and 0 < metrics["stage2"]["ndcg@10"] <= 1
