@@ -32,7 +32,7 @@ class PresetName(str, Enum):
     standard = "standard"
     full = "full"
 
-# %% ../nbs/api/19_cli.ipynb #cell-7
+# %% ../nbs/api/19_cli.ipynb #cell-8
 def quiet_libraries() -> None:
     "Keep the training libraries' own chatter off the terminal; warnings of ours still show."
     import logging
@@ -45,7 +45,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
 
-# %% ../nbs/api/19_cli.ipynb #cell-8
+# %% ../nbs/api/19_cli.ipynb #cell-9
 def print_table(
     rows: list[dict],  # one per line, same keys
     title: str,
@@ -58,7 +58,7 @@ def print_table(
         table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
     OUT.print(table)
 
-# %% ../nbs/api/19_cli.ipynb #cell-11
+# %% ../nbs/api/19_cli.ipynb #cell-12
 @app.command()
 def run(
     data: Annotated[str, typer.Argument(help="A data folder (own layout, ESCI, WANDS or BEIR), or `market` for the simulated one.")],
@@ -79,7 +79,7 @@ def run(
     print_table(results_table(finished).to_dicts(), f"{finished.data.name}, test queries")
     OUT.print(f"report: {out / 'report.html'}", soft_wrap=True)
 
-# %% ../nbs/api/19_cli.ipynb #cell-13
+# %% ../nbs/api/19_cli.ipynb #cell-14
 @app.command()
 def simulate(
     folder: Annotated[Path, typer.Argument(help="Where the data folder is written.")],
@@ -98,7 +98,7 @@ def simulate(
     OUT.print(repr(made), soft_wrap=True)
     OUT.print(f"written to {folder}", soft_wrap=True)
 
-# %% ../nbs/api/19_cli.ipynb #cell-15
+# %% ../nbs/api/19_cli.ipynb #cell-16
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A saved model, a packaged backbone or a hub name.")],
@@ -121,7 +121,7 @@ def evaluate(
         write_json(json_file, result.to_dict())
     print_table([{"metric": name, "value": result.values[name]} for name in HEADLINE], f"{model} on {loaded.name}, {split} queries")
 
-# %% ../nbs/api/19_cli.ipynb #cell-17
+# %% ../nbs/api/19_cli.ipynb #cell-18
 @app.command()
 def search(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
@@ -135,7 +135,7 @@ def search(
 
     print_table(search_run(folder, query, k, locale).to_dicts(), query)
 
-# %% ../nbs/api/19_cli.ipynb #cell-19
+# %% ../nbs/api/19_cli.ipynb #cell-20
 def main() -> None:
     "Entry point of `mine-refine`."
     try:

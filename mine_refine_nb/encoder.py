@@ -132,7 +132,7 @@ def bert_name(
     layer, part, kind = name.split(".")
     return f"encoder.layer.{layer[1:]}.{LAYER_NAMES[part]}.{'weight' if kind == 'w' else 'bias'}"
 
-# %% ../nbs/api/07_encoder.ipynb #cell-25
+# %% ../nbs/api/07_encoder.ipynb #cell-26
 def build_bert(
     sizes: dict,  # from `read_header`
     tensors: dict[str, np.ndarray],  # from `read_tensors`
@@ -150,7 +150,7 @@ def build_bert(
     bert.load_state_dict({name: flat.reshape(shapes[name]) for name, flat in state.items()} | unused)
     return bert
 
-# %% ../nbs/api/07_encoder.ipynb #cell-27
+# %% ../nbs/api/07_encoder.ipynb #cell-28
 E5_PROMPTS = {"query": "query: ", "document": "passage: "}
 
 
@@ -166,7 +166,7 @@ def load_packaged_e5() -> SentenceTransformer:
     modules = [transformer, Pooling(sizes["hidden"], pooling_mode="mean"), Normalize()]
     return SentenceTransformer(modules=modules, prompts=E5_PROMPTS)
 
-# %% ../nbs/api/07_encoder.ipynb #cell-33
+# %% ../nbs/api/07_encoder.ipynb #cell-34
 def principal_directions(
     vectors: np.ndarray,  # float [n, d], n >= dim
     dim: int,  # how many directions to keep
@@ -176,7 +176,7 @@ def principal_directions(
         raise ValueError(f"dim={dim} needs at least as many sample texts and backbone dimensions; there are {vectors.shape}")
     return torch.linalg.svd(torch.from_numpy(np.ascontiguousarray(vectors)), full_matrices=False).Vh[:dim].float()
 
-# %% ../nbs/api/07_encoder.ipynb #cell-36
+# %% ../nbs/api/07_encoder.ipynb #cell-37
 def add_heads(
     model: SentenceTransformer,  # ends in pooling, with or without normalisation
     dim: int,  # size of the new vectors
@@ -192,7 +192,7 @@ def add_heads(
     router = Router({side: [head] for side, head in heads.items()}, default_route="document")
     return SentenceTransformer(modules=[*body, router, Normalize()], prompts=model.prompts)
 
-# %% ../nbs/api/07_encoder.ipynb #cell-41
+# %% ../nbs/api/07_encoder.ipynb #cell-42
 DEFAULT_BACKBONE = "multilingual-e5-small"
 FAMILY_PROMPTS = {"e5": E5_PROMPTS}  # hub models whose saved prompts miss what their authors prescribe
 
@@ -207,7 +207,7 @@ def load_packaged_minilm() -> SentenceTransformer:
 
 PACKAGED = {DEFAULT_BACKBONE: load_packaged_e5, "all-MiniLM-L6-v2": load_packaged_minilm}
 
-# %% ../nbs/api/07_encoder.ipynb #cell-42
+# %% ../nbs/api/07_encoder.ipynb #cell-43
 def check_backbone(
     name: str | Path,  # as for `load_backbone`
 ) -> None:
@@ -215,7 +215,7 @@ def check_backbone(
     if str(name) not in PACKAGED and not Path(name).is_dir() and str(name).count("/") != 1:
         raise ValueError(f"no backbone {str(name)!r}: packaged ones are {', '.join(PACKAGED)}; else give a folder or 'owner/model' on the hub")
 
-# %% ../nbs/api/07_encoder.ipynb #cell-44
+# %% ../nbs/api/07_encoder.ipynb #cell-45
 def load_backbone(
     name: str | Path = DEFAULT_BACKBONE,  # a key of `PACKAGED`, a saved model's folder, or a hub name such as `intfloat/multilingual-e5-small`
 ) -> SentenceTransformer:
@@ -231,7 +231,7 @@ def load_backbone(
     model.prompts = {side: model.prompts.get(side) or family.get(side, "") for side in ("query", "document")}
     return model
 
-# %% ../nbs/api/07_encoder.ipynb #cell-50
+# %% ../nbs/api/07_encoder.ipynb #cell-51
 @dataclass(frozen=True)
 class Embeddings:
     "Unit vectors of a data set under one model."
@@ -244,7 +244,7 @@ class Embeddings:
     def __repr__(self) -> str:
         return f"Embeddings({len(self.query_ids):,} queries x {len(self.product_ids):,} products, {self.products.shape[1]} dimensions)"
 
-# %% ../nbs/api/07_encoder.ipynb #cell-52
+# %% ../nbs/api/07_encoder.ipynb #cell-53
 def fast_dtype(
     device: torch.device | str,  # where the model is
 ) -> torch.dtype | None:  # bfloat16, or None where float32 is as fast
@@ -254,7 +254,7 @@ def fast_dtype(
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return torch.bfloat16 if torch.device(device).type == "cpu" and native else None
 
-# %% ../nbs/api/07_encoder.ipynb #cell-53
+# %% ../nbs/api/07_encoder.ipynb #cell-55
 def encode(
     model: SentenceTransformer,
     texts: list[str],
@@ -269,7 +269,7 @@ def encode(
         vectors = one_side(texts, batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True)
     return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
 
-# %% ../nbs/api/07_encoder.ipynb #cell-55
+# %% ../nbs/api/07_encoder.ipynb #cell-57
 def embed(
     model: SentenceTransformer,
     data: RelevanceData,
