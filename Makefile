@@ -23,7 +23,7 @@ demo: $(READY)  ## run the main job on the simulated market: a table of three st
 test: $(READY)  ## every check, in order, up to the first that fails
 	@$(BIN)/python tools/gates.py
 	@$(BIN)/python tools/build_site.py
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=15
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=15
 
 docs: $(READY)  ## README.md from nbs/index.ipynb, and the site in _docs/
 	@$(BIN)/python tools/readme.py

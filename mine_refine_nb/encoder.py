@@ -211,9 +211,13 @@ PACKAGED = {DEFAULT_BACKBONE: load_packaged_e5, "all-MiniLM-L6-v2": load_package
 def check_backbone(
     name: str | Path,  # as for `load_backbone`
 ) -> None:
-    "Refuse a name that can be nothing: neither packaged, nor a folder, nor `owner/model`; raises ValueError."
-    if str(name) not in PACKAGED and not Path(name).is_dir() and str(name).count("/") != 1:
-        raise ValueError(f"no backbone {str(name)!r}: packaged ones are {', '.join(PACKAGED)}; else give a folder or 'owner/model' on the hub")
+    "Refuse a name that can be nothing: neither packaged, nor a model's folder, nor `owner/model`; raises ValueError."
+    name, known = str(name), ", ".join(PACKAGED)
+    if name and Path(name).is_dir():
+        if not (Path(name) / "config.json").exists() and not (Path(name) / "modules.json").exists():
+            raise ValueError(f"the folder {name!r} holds no model (no config.json or modules.json); packaged ones are {known}")
+    elif name not in PACKAGED and name.count("/") != 1:
+        raise ValueError(f"no backbone {name!r}: packaged ones are {known}; else give a folder or 'owner/model' on the hub")
 
 # %% ../nbs/api/07_encoder.ipynb #cell-45
 def load_backbone(

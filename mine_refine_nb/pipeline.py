@@ -59,7 +59,7 @@ def scale(
 TINY = {"steps": 4, "queries": 4, "products": 4, "evaluate_every": 2}
 FULL = {"freeze_embeddings": False, "freeze_layers": 0.0, "max_length": 128, "queries": 32, "products": 16}
 PRESETS = {
-    "smoke": Preset(replace(STAGE1, **TINY), replace(STAGE2, **TINY), market=(240, 60), corner=(12, 40)),
+    "smoke": Preset(replace(STAGE1, **TINY), replace(STAGE2, **TINY), market=(240, 60), corner=(6, 40)),
     "quick": Preset(STAGE1, STAGE2, market=(1500, 240)),
     "standard": Preset(scale(STAGE1, 4, max_length=96), scale(STAGE2, 4, max_length=96), market=(6000, 900)),
     "full": Preset(scale(STAGE1, 12, **FULL), scale(STAGE2, 12, **FULL), market=(50000, 6000)),

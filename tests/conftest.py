@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -25,3 +26,15 @@ def pytest_collection_modifyitems(config, items):
 def root() -> Path:
     "The top of the tree."
     return ROOT
+
+
+class ByFile(LoadScopeScheduling):
+    "A file stays on one worker, which builds its fixtures once; notebooks are dealt out one by one."
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file.endswith("test_notebooks.py") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)

@@ -13,13 +13,13 @@ from mine_refine_nb.pipeline import HEADLINE
 COMMAND = Path(sys.executable).with_name("mine-refine")
 ESCI = Path(__file__).resolve().parents[2] / "shared" / "data" / "esci"
 SMOKE = ["--preset", "smoke", "--backbone", "all-MiniLM-L6-v2"]
-pytestmark = pytest.mark.xdist_group("cli")  # one worker: they share what is slow to build
 
 
 def call(*arguments, code=0):
     done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=280)
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -24,10 +24,10 @@ from mine_refine_nb.training import ListCollator, ListSampler, Recipe, ScoreMatr
 
 TINY = Recipe(steps=6, queries=4, products=4, evaluate_every=3, learning_rate=2e-4, max_length=32)
 
+
 @pytest.fixture(scope="module")
 def market():
     return simulate(products=300, queries=60, locales=("en",), seed=3)
-pytestmark = pytest.mark.xdist_group("training")  # one worker: they share what is slow to build
 
 
 @pytest.fixture()
