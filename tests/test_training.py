@@ -159,7 +159,7 @@ def test_a_killed_training_resumes_to_the_same_weights(market, tmp_path, monkeyp
     assert np.allclose(history.filter(loss)["value"], again.filter(loss)["value"], atol=1e-3)
 
 
-def test_stage_two_takes_mined_judgments_first_and_leaves_pending_out(market, model, tmp_path):
+def test_stage_two_takes_mined_judgments_more_often_and_leaves_pending_out(market, model, tmp_path):
     vectors = embed(model, market)
     mined = mine(vectors, market, "train")
     pending = mined.rows.filter(pl.col("grade") == UNJUDGED)
