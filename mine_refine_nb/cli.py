@@ -113,7 +113,8 @@ def evaluate(
     from mine_refine_nb.encoder import embed, load_backbone
     from mine_refine_nb.metrics import HEADLINE
     from mine_refine_nb.metrics import evaluate as evaluate_vectors
-    from mine_refine_nb.pipeline import Request, request_data, write_json
+    from mine_refine_nb.machine import write_json
+    from mine_refine_nb.pipeline import Request, request_data
 
     loaded = request_data(Request(data, layout=layout, seed=seed))
     result = evaluate_vectors(embed(load_backbone(model), loaded, split, progress=True), loaded, split)

@@ -7,7 +7,7 @@ __all__ = ['HEADER', 'HEADER_FIELDS', 'SILENT', 'SPACES', 'TILDE', 'STAND_IN', '
            'E5_PROMPTS', 'DEFAULT_BACKBONE', 'FAMILY_PROMPTS', 'PACKAGED', 'read_header', 'read_vocabulary',
            'build_tokenizer', 'dequantise', 'read_tensors', 'bert_name', 'build_bert', 'load_packaged_e5',
            'principal_directions', 'add_heads', 'load_packaged_minilm', 'check_backbone', 'load_backbone', 'Embeddings',
-           'fast_dtype', 'encode', 'embed']
+           'encode', 'embed', 'with_similarity']
 
 # %% ../nbs/api/07_encoder.ipynb #cell-3
 import struct
@@ -27,6 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from .data import RelevanceData, product_text
+from .machine import fast_dtype
 
 # %% ../nbs/api/07_encoder.ipynb #cell-6
 HEADER = struct.Struct("<4sI7ifi")
@@ -249,16 +250,6 @@ class Embeddings:
         return f"Embeddings({len(self.query_ids):,} queries x {len(self.product_ids):,} products, {self.products.shape[1]} dimensions)"
 
 # %% ../nbs/api/07_encoder.ipynb #cell-53
-def fast_dtype(
-    device: torch.device | str,  # where the model is
-) -> torch.dtype | None:  # bfloat16, or None where float32 is as fast
-    "The 16-bit type that this device multiplies in natively."
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    return torch.bfloat16 if torch.device(device).type == "cpu" and native else None
-
-# %% ../nbs/api/07_encoder.ipynb #cell-55
 def encode(
     model: SentenceTransformer,
     texts: list[str],
@@ -273,7 +264,7 @@ def encode(
         vectors = one_side(texts, batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True)
     return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
 
-# %% ../nbs/api/07_encoder.ipynb #cell-57
+# %% ../nbs/api/07_encoder.ipynb #cell-55
 def embed(
     model: SentenceTransformer,
     data: RelevanceData,
@@ -289,3 +280,19 @@ def embed(
         product_ids=data.products["product_id"].to_list(),
         products=encode(model, product_text(data.products).to_list(), "document", batch_size, progress),
     )
+
+# %% ../nbs/api/07_encoder.ipynb #cell-59
+def with_similarity(
+    pairs: pl.DataFrame,  # query_id, product_id
+    emb: Embeddings,  # of one encoder, holding these queries and products
+) -> pl.DataFrame:  # the same, with the column `similarity`
+    "Add the cosine of query and product; raises ValueError for a pair that was not embedded."
+    rows = pairs.select(
+        pl.col("query_id").replace_strict(emb.query_ids, range(len(emb.query_ids)), default=None),
+        pl.col("product_id").replace_strict(emb.product_ids, range(len(emb.product_ids)), default=None),
+    )
+    lost = pairs.filter(rows.select(pl.any_horizontal(pl.all().is_null())).to_series())
+    if lost.height:
+        raise ValueError(f"{lost.height} pairs were not embedded (first: query_id {lost['query_id'][0]}, product_id {lost['product_id'][0]}); embed their data")
+    cosines = np.einsum("nd,nd->n", emb.queries[rows["query_id"].to_numpy()], emb.products[rows["product_id"].to_numpy()])
+    return pairs.with_columns(similarity=pl.Series(cosines, dtype=pl.Float64))

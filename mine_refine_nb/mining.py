@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +16,18 @@ import numpy as np
 import polars as pl
 
 from .data import RelevanceData, candidates, product_text
-from .encoder import Embeddings
+from .encoder import Embeddings, with_similarity
 from .grades import UNJUDGED, Grade
+from .judging import PROBABILITIES, Annotator, annotate, pairs_of
+from .machine import write_whole
 from .metrics import SCORE_STEPS
 
 # %% auto #0
-__all__ = ['ROWS', 'REASONS', 'PLAIN', 'REPORT', 'check_vectors', 'order_keys', 'read_keys', 'build_index', 'rescore', 'search',
+__all__ = ['ROWS', 'REASONS', 'REPORT', 'PLAIN', 'check_vectors', 'order_keys', 'read_keys', 'build_index', 'rescore', 'search',
            'exact_ranks', 'rank_judged', 'first_reason', 'boundary_tests', 'hard_samples', 'list_catalogue',
            'pending_samples', 'count_removed', 'score_table', 'short_queries', 'advice', 'MiningReport', 'report_parts',
            'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'assemble', 'check_labels', 'apply_grades',
-           'save_mined', 'load_mined', 'recall_against_flat']
+           'relabel', 'unsure_rows', 'hidden_truth', 'save_mined', 'load_mined', 'recall_against_flat']
 
 # %% ../nbs/api/11_mining.ipynb #cell-9
 ROWS = dict(query_id=pl.String, query=pl.String, product_id=pl.String, grade=pl.Int8, kind=pl.String, score=pl.Float64,
@@ -328,6 +329,15 @@ class MiningReport:
     def _repr_html_(self) -> str: return report_html(self)
 
 # %% ../nbs/api/11_mining.ipynb #cell-59
+REPORT = dict(
+    filters=dict(kind=pl.String, reason=pl.String, removed=pl.Int64, left=pl.Int64),
+    short=dict(query_id=pl.String, query=pl.String, locale=pl.String, found=pl.Int64, window=pl.Int64, judged=pl.Int64,
+               same_text=pl.Int64, beyond_margin=pl.Int64),
+    scores=dict(kind=pl.String, grade=pl.Int8, pairs=pl.Int64) | dict.fromkeys(
+        ('lowest', 'q25', 'median', 'q75', 'highest'), pl.Float64))
+
+
+# %% ../nbs/api/11_mining.ipynb #cell-61
 PLAIN = dict(tbl_rows=-1, tbl_cols=-1, fmt_str_lengths=60, tbl_hide_dataframe_shape=True,
              tbl_hide_column_data_types=True)
 
@@ -357,7 +367,7 @@ def report_html(report: MiningReport) -> str: # for a notebook
     lines = advice(report.short, report.settings) + [', '.join(f'{k}={v}' for k, v in report.settings.items())]
     return ''.join(tables) + ''.join(f'<p>{html.escape(line)}</p>' for line in lines)
 
-# %% ../nbs/api/11_mining.ipynb #cell-61
+# %% ../nbs/api/11_mining.ipynb #cell-63
 @dataclass(frozen=True, eq=False)
 class Mined:
     "Mined samples with provenance, and the report of the mining."
@@ -375,7 +385,7 @@ class Mined:
 
     def _repr_html_(self) -> str: return f'<p>{html.escape(repr(self))}</p>{self.report._repr_html_()}'
 
-# %% ../nbs/api/11_mining.ipynb #cell-63
+# %% ../nbs/api/11_mining.ipynb #cell-65
 def check_settings(
     depth: int, window: tuple[int, int], per_query: int, boundaries: tuple[int, ...], # as in `mine`
 ) -> None:
@@ -387,7 +397,7 @@ def check_settings(
         raise ValueError(f'mining: boundaries {tuple(boundaries)} must be some of {tuple(range(1, max(Grade) + 1))}: '
                          'grades from the boundary up stand against all lower ones')
 
-# %% ../nbs/api/11_mining.ipynb #cell-65
+# %% ../nbs/api/11_mining.ipynb #cell-67
 def mine(
     emb: Embeddings,        # the split's queries and all products, by the encoder to refine
     data: RelevanceData,
@@ -416,7 +426,7 @@ def mine(
                     per_query=per_query, boundaries=list(boundaries))
     return assemble(hard_samples(judged, boundaries, depth), pending, judged, part, settings)
 
-# %% ../nbs/api/11_mining.ipynb #cell-67
+# %% ../nbs/api/11_mining.ipynb #cell-69
 def assemble(
     hard: pl.DataFrame,     # as from `hard_samples`
     pending: pl.DataFrame,  # as from `pending_samples`
@@ -432,7 +442,7 @@ def assemble(
     return Mined(rows, MiningReport(count_removed(samples), short_queries(pending, data.queries, settings['per_query']),
                                     scores, settings))
 
-# %% ../nbs/api/11_mining.ipynb #cell-77
+# %% ../nbs/api/11_mining.ipynb #cell-79
 def check_labels(
     rows: pl.DataFrame,    # of a `Mined`
     labels: pl.DataFrame,  # query_id, product_id, grade, source
@@ -453,7 +463,7 @@ def check_labels(
         if len(wrong): raise ValueError(f'{len(wrong)} of {len(labels)} {what} (first: query_id '
                                         f"{wrong['query_id'][0]}, product_id {wrong['product_id'][0]})")
 
-# %% ../nbs/api/11_mining.ipynb #cell-79
+# %% ../nbs/api/11_mining.ipynb #cell-81
 def apply_grades(
     mined: Mined,
     labels: pl.DataFrame,  # query_id, product_id, grade (-1 or null: could not be graded), source
@@ -470,31 +480,67 @@ def apply_grades(
         'kind', 'grade', descending=[False, True])
     return Mined(rows, replace(mined.report, scores=scores))
 
-# %% ../nbs/api/11_mining.ipynb #cell-82
-REPORT = dict(
-    filters=dict(kind=pl.String, reason=pl.String, removed=pl.Int64, left=pl.Int64),
-    short=dict(query_id=pl.String, query=pl.String, locale=pl.String, found=pl.Int64, window=pl.Int64, judged=pl.Int64,
-               same_text=pl.Int64, beyond_margin=pl.Int64),
-    scores=dict(kind=pl.String, grade=pl.Int8, pairs=pl.Int64) | dict.fromkeys(
-        ('lowest', 'q25', 'median', 'q75', 'highest'), pl.Float64))
+# %% ../nbs/api/11_mining.ipynb #cell-84
+def relabel(
+    mined: Mined,
+    data: RelevanceData,     # the catalogue that was mined
+    annotator: Annotator,
+    confidence: float = 0.,  # least probability of a label that enters
+    store: str | Path | None = None,  # SQLite file of labels; None: forget
+    hints: Embeddings | None = None,  # of the encoder whose similarity the annotator was trained with, if it was
+    progress: bool = False,  # show a bar
+) -> Mined: # sure labels have kind 'annotated' and the annotator as their source
+    "Let an annotator grade the pending rows, and keep what it is sure of."
+    pairs = pairs_of(data, mined.rows.filter(kind='pending').drop('grade'))
+    labels = annotate(annotator, pairs if hints is None else with_similarity(pairs, hints), store, progress)
+    sure = labels.filter(labels.select(PROBABILITIES).max_horizontal() >= confidence)
+    graded = apply_grades(mined, sure.select('query_id', 'product_id', 'grade', source='annotator'))
+    report = replace(graded.report, filters=pl.concat([graded.report.filters, unsure_rows(labels, confidence)]),
+                     settings=graded.report.settings | dict(annotator=annotator.name, confidence=confidence,
+                                                            guideline=annotator.guideline.fingerprint))
+    return Mined(graded.rows, report)
 
+# %% ../nbs/api/11_mining.ipynb #cell-85
+def unsure_rows(
+    labels: pl.DataFrame,  # as from `judging.annotate`
+    confidence: float,     # least probability
+) -> pl.DataFrame: # kind, reason, removed, left: as in the report of the mining
+    "What the annotator left out, for the report's table of filters."
+    failed = labels['reason'].is_not_null().sum()
+    unsure = (labels.select(PROBABILITIES).max_horizontal() < confidence).sum()
+    rows = [('annotated', 'the annotator could not judge it', failed, len(labels) - failed),
+            ('annotated', f'the annotator is less than {confidence:.2f} sure', unsure, len(labels) - failed - unsure)]
+    return pl.DataFrame(rows, schema=REPORT['filters'], orient='row')
+
+# %% ../nbs/api/11_mining.ipynb #cell-90
+def hidden_truth(
+    emb: Embeddings,  # of the encoder that mines
+    data: RelevanceData,
+    split: str = 'validation',
+    window: tuple[int, int] = (1, 50),  # ranks, first and last
+    least: int = 10,  # judged products that a query needs to take part
+) -> pl.DataFrame: # query_id, query, product_id, score, rank, locale, grade (-1: nobody judged it)
+    "Candidates of a split's well-judged queries, mined as if unjudged, with the grades that people gave."
+    part = data.split(split)
+    listed = part.queries.filter(pl.col('judged') >= least)['query_id'].implode()
+    part = replace(part, judgments=part.judgments.filter(pl.col('query_id').is_in(listed)))
+    if not len(part.judgments): raise ValueError(f'mining: no query of {split!r} has {least} judged products; lower `least`')
+    check_vectors(emb, part)
+    found = list_catalogue(emb, part, window[1]).filter(pl.col('rank') >= window[0])
+    return (found.join(part.judgments.select('query_id', 'product_id', 'grade'), on=['query_id', 'product_id'], how='left')
+            .with_columns(pl.col('grade').fill_null(UNJUDGED)))
+
+# %% ../nbs/api/11_mining.ipynb #cell-93
 def save_mined(
     mined: Mined,
     path: str | Path,  # of the Parquet file
 ) -> Path:
     "Write rows, with the report as metadata."
-    path, report = Path(path), mined.report
-    frames = {name: getattr(report, name).to_dict(as_series=False) for name in REPORT}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    content = json.dumps(frames | dict(settings=report.settings))
-    try:
-        mined.rows.write_parquet(temporary, metadata={'mining_report': content})
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-    return path
+    frames = {name: getattr(mined.report, name).to_dict(as_series=False) for name in REPORT}
+    metadata = dict(mining_report=json.dumps(frames | dict(settings=mined.report.settings)))
+    return write_whole(path, lambda file: mined.rows.write_parquet(file, metadata=metadata))
 
-# %% ../nbs/api/11_mining.ipynb #cell-84
+# %% ../nbs/api/11_mining.ipynb #cell-95
 def load_mined(
     path: str | Path,  # as written by `save_mined`
 ) -> Mined:
@@ -507,7 +553,7 @@ def load_mined(
     frames = {name: pl.DataFrame(found[name], schema=schema) for name, schema in REPORT.items()}
     return Mined(rows, MiningReport(**frames, settings=found['settings']))
 
-# %% ../nbs/api/11_mining.ipynb #cell-87
+# %% ../nbs/api/11_mining.ipynb #cell-98
 def recall_against_flat(
     emb: Embeddings,        # of one model
     data: RelevanceData,

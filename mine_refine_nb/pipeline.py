@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['TINY', 'FULL', 'PRESETS', 'ROWS_OF_EVALUATION', 'LIBRARIES', 'MODELS', 'PAIRS_OF_STAGES', 'Preset', 'scale',
-           'Request', 'cut_corner', 'request_data', 'write_whole', 'write_json', 'save_evaluation', 'load_evaluation',
-           'Run', 'open_run', 'load_stage', 'stage_vectors', 'measure', 'evaluations', 'save_training', 'run_stage1',
-           'run_mining', 'run_stage2', 'threshold_table', 'compare_stages', 'write_results', 'run_pipeline',
-           'results_table', 'catalogue_vectors', 'search_run']
+           'Request', 'cut_corner', 'request_data', 'save_evaluation', 'load_evaluation', 'Run', 'open_run',
+           'load_stage', 'stage_vectors', 'measure', 'evaluations', 'save_training', 'run_stage1', 'run_mining',
+           'run_stage2', 'threshold_table', 'compare_stages', 'write_results', 'run_pipeline', 'results_table',
+           'catalogue_vectors', 'search_run']
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-3
 import json
-import os
 import platform
 import shutil
 import time
@@ -28,6 +27,7 @@ from sentence_transformers import SentenceTransformer
 from .data import RelevanceData, candidates, load_data, product_text
 from .encoder import DEFAULT_BACKBONE, Embeddings, add_heads, check_backbone, embed, encode, load_backbone
 from .grades import Grade
+from .machine import write_json, write_whole
 from .market import simulate
 from .metrics import HEADLINE, Evaluation, best_threshold, compare, evaluate
 from .mining import Mined, mine
@@ -108,24 +108,6 @@ def request_data(
         return simulate(products=products, queries=queries, seed=request.seed)
     data = load_data(request.source, layout=request.layout, seed=request.seed)
     return data if preset.corner is None else cut_corner(data, *preset.corner, request.seed)
-
-# %% ../nbs/api/17_pipeline.ipynb #cell-19
-def write_whole(
-    path: Path,  # file or folder
-    write: Callable[[Path], object],  # writes to the path that it is given
-) -> Path:
-    "Write under a temporary name, then rename over what was there."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(partial)
-    if path.is_dir():
-        shutil.rmtree(path)
-    return partial.replace(path)
-
-
-def write_json(path: Path, content: dict) -> Path:
-    "JSON for people and programs, whole or not at all."
-    return write_whole(path, lambda file: file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-22
 ROWS_OF_EVALUATION = ("per_query", "pairs", "run")

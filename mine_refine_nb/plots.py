@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GRADE_COLORS', 'GRADE_NAMES', 'GRADE_SYMBOLS', 'GRADE_DASHES', 'LINE_COLORS', 'INK', 'TEMPLATE', 'LightRenderer',
            'use_light_renderer', 'figure_text', 'plot_strata', 'plot_training', 'plot_grade_mix',
-           'plot_judged_per_query', 'query_deltas', 'plot_query_deltas', 'plot_metrics', 'plot_map']
+           'plot_judged_per_query', 'query_deltas', 'plot_query_deltas', 'plot_metrics', 'plot_map', 'plot_confusion',
+           'plot_reliability']
 
 # %% ../nbs/api/15_plots.ipynb #cell-2
 import hashlib
@@ -397,3 +398,36 @@ def plot_map(
     title = f'Products around "{figure_text(query[0], 40)}"' if query else 'A map of products'
     return _dress(figure, title, f'{len(keep)} of {len(points)} products on two principal components, '
                   f'which keep {kept:.0%} of the variance', 460)
+
+# %% ../nbs/api/15_plots.ipynb #cell-76
+def plot_confusion(
+    counts: np.ndarray, # [3, 3] pairs: grade by people, label by the annotator
+    name: str = 'the annotator',
+) -> go.Figure: # a heat map
+    "Confusion of human grades and labels. Look at the corners: an irrelevant product called relevant hurts most."
+    counts = np.asarray(counts)
+    share = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    names = [f'{g} {GRADE_NAMES[g]}' for g in (0, 1, 2)]
+    figure = go.Figure(go.Heatmap(
+        z=_short(share), x=names, y=names, colorscale=[[0, 'rgba(47,127,208,.04)'], [1, GRADE_COLORS[2]]], zmin=0, zmax=1,
+        customdata=counts, hovertemplate='%{customdata:,} pairs', colorbar=dict(tickformat='.0%', title='of the row'),
+        text=[[f'{s:.0%}<br>{c:,}' for s, c in zip(*rows)] for rows in zip(share, counts)], texttemplate='%{text}'))
+    figure.update_yaxes(autorange='reversed', title='people said').update_xaxes(title='the label')
+    return _dress(figure, f'Grades and labels of {figure_text(name)}', 'Share of each human grade, and the number of pairs', 420)
+
+# %% ../nbs/api/15_plots.ipynb #cell-80
+def plot_reliability(
+    tables: dict[str, pl.DataFrame], # name -> confidence, accuracy, pairs: as from `judging.reliability`
+) -> go.Figure: # one line per table over the diagonal
+    "Accuracy over stated confidence. Look for points below the diagonal: there the annotator claims too much."
+    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1], mode='lines', line=dict(dash='dot', color=GRADE_COLORS[-1]),
+                                  name='honest', hoverinfo='skip'))
+    for color, (name, table) in zip(itertools.cycle((GRADE_COLORS[0], GRADE_COLORS[2], GRADE_COLORS[1])), tables.items()):
+        table = _need(table, ('confidence', 'accuracy', 'pairs'), 'plot_reliability')
+        figure.add_scatter(
+            x=_short(table['confidence']), y=_short(table['accuracy']), mode='lines+markers', name=figure_text(name),
+            line_color=color, customdata=table['pairs'].to_list(), hovertemplate='%{customdata:,} pairs: says %{x:.0%}, right %{y:.0%}',
+            marker_size=(6 + 18 * np.sqrt(table['pairs'] / max(1, table['pairs'].sum()))).to_list())
+    figure.update_xaxes(title='stated confidence', tickformat='.0%', range=[.3, 1.02])
+    figure.update_yaxes(title='share that was right', tickformat='.0%', range=[0, 1.05])
+    return _dress(figure, 'Are the probabilities honest?', 'On the dotted line a label is right as often as it claims', 400)

@@ -7,13 +7,11 @@ __all__ = ['STYLE', 'TABLE_STYLE', 'MACROS', 'PAGE', 'SUMMARY', 'STRATA', 'METRI
            'DATA', 'CONFIGURATION', 'SECTIONS', 'TEMPLATES', 'number', 'p_value', 'change', 'metric_rows',
            'locale_rows', 'top_products', 'listed', 'worst_queries', 'Table', 'plain', 'environment', 'embed',
            'summary_tiles', 'report_figures', 'step_seconds', 'data_facts', 'measured_on', 'metric_context',
-           'story_context', 'write_text', 'write_report']
+           'story_context', 'write_report']
 
 # %% ../nbs/api/15a_report.ipynb #cell-2
 import dataclasses
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from .machine import write_whole
 from .plots import (GRADE_COLORS, GRADE_NAMES, plot_grade_mix, plot_judged_per_query, plot_metrics,
                                   plot_query_deltas, plot_strata, plot_training, query_deltas)
 
@@ -441,24 +440,6 @@ def story_context(
                 notes=plain(data.notes), seconds=step_seconds(run),
                 run=plain({k: v for k, v in run.items() if k != 'seconds'}))
 
-# %% ../nbs/api/15a_report.ipynb #cell-68
-def write_text(
-    path: str | Path, # final place
-    text: str, # whole content
-) -> Path: # the final place
-    "Write a file at once: under a temporary name beside it, then renamed."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-    try:
-        with os.fdopen(handle, 'w', encoding='utf-8') as file: file.write(text)
-        os.chmod(name, 0o644)  # mkstemp makes it private; a report is to be shared
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path
-
 # %% ../nbs/api/15a_report.ipynb #cell-70
 def write_report(
     path: str | Path, # where report.html goes
@@ -477,4 +458,4 @@ def write_report(
         **context, plotlyjs=Markup(get_plotlyjs()), sections={k: v for k, v in SECTIONS.items() if k not in empty},
         figures=report_figures(evaluations, comparisons, data.judgments, metric),
         worst=worst_queries(evaluations, data.products, metric))
-    return write_text(path, page.lstrip())
+    return write_whole(path, lambda file: file.write_text(page.lstrip(), encoding='utf-8'))

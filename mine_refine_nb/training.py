@@ -28,8 +28,9 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import RelevanceData, candidates, product_text
-from .encoder import embed, fast_dtype
+from .encoder import embed
 from .grades import UNJUDGED
+from .machine import fast_dtype
 from .metrics import evaluate
 
 # %% ../nbs/api/09_training.ipynb #cell-6

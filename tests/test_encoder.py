@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 from mine_refine_nb.data import make_data
-from mine_refine_nb.encoder import BLOCK, add_heads, dequantise, embed, encode, fast_dtype, load_backbone
+from mine_refine_nb.encoder import BLOCK, add_heads, dequantise, embed, encode, load_backbone
+from mine_refine_nb.machine import fast_dtype
 
 TEXTS = ["wireless mouse", "Zapatillas de montaña para mujer, talla 38", "ワイヤレス マウス 静音", "ﾜｲﾔﾚｽ ﾏｳｽ", "2～3人用テント", "ﬁne  spaces\tand tabs",
          "50% de descuento: ¿cuál?", "🎧 headphones — over-ear", "a" * 300, "1/2 pvc coupling without stop", "　全角　スペース　"]

