@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'TABLE_STYLE', 'MACROS', 'PAGE', 'SUMMARY', 'STRATA', 'METRICS', 'LOCALES', 'QUERIES', 'TRAINING', 'MINING',
-           'DATA', 'CONFIGURATION', 'SECTIONS', 'TEMPLATES', 'number', 'p_value', 'change', 'metric_rows',
+           'ANNOTATOR', 'DATA', 'CONFIGURATION', 'SECTIONS', 'TEMPLATES', 'number', 'p_value', 'change', 'metric_rows',
            'locale_rows', 'top_products', 'listed', 'worst_queries', 'Table', 'plain', 'environment', 'embed',
            'summary_tiles', 'report_figures', 'step_seconds', 'data_facts', 'measured_on', 'metric_context',
-           'story_context', 'write_report']
+           'annotator_context', 'story_context', 'write_report']
 
 # %% ../nbs/api/15a_report.ipynb #cell-2
 import dataclasses
@@ -23,8 +23,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from .machine import write_whole
-from .plots import (GRADE_COLORS, GRADE_NAMES, plot_grade_mix, plot_judged_per_query, plot_metrics,
-                                  plot_query_deltas, plot_strata, plot_training, query_deltas)
+from .plots import (GRADE_COLORS, GRADE_NAMES, plot_confusion, plot_grade_mix, plot_judged_per_query,
+                                  plot_metrics, plot_query_deltas, plot_reliability, plot_strata, plot_training, query_deltas)
 
 # %% ../nbs/api/15a_report.ipynb #cell-5
 def number(
@@ -301,6 +301,14 @@ MINING = """
 'each filter removed.') }}
 <div class="scroll">{{ m.nested(mining) }}</div>
 """
+ANNOTATOR = """
+{% import 'macros' as m %}
+{{ m.section('annotator', sections.annotator, 'Who graded the mined pairs, and how well this annotator agrees with people on '
+'test pairs that it never saw. Labels enter the training only above its threshold of confidence.') }}
+<div class="scroll">{{ m.nested(annotator.agreement) }}</div>
+{% for figure in annotator.figures %}<div class="scroll">{{ figure }}</div>{% endfor %}
+<div class="scroll">{{ m.nested(annotator.facts) }}</div>
+"""
 DATA = """
 {% import 'macros' as m %}
 {{ m.section('data', sections.data) }}
@@ -321,10 +329,10 @@ CONFIGURATION = """
 
 # %% ../nbs/api/15a_report.ipynb #cell-45
 SECTIONS = dict(strata='Scores per grade', metrics='Metrics', locales='Locales', queries='Queries to look at',
-                training='Training', mining='Mining', data='Data', configuration='Configuration')
+                training='Training', annotator='Annotator', mining='Mining', data='Data', configuration='Configuration')
 TEMPLATES = dict(page=PAGE, style=STYLE, table_style=TABLE_STYLE, macros=MACROS, summary=SUMMARY, strata=STRATA,
-                 metrics=METRICS, locales=LOCALES, queries=QUERIES, training=TRAINING, mining=MINING, data=DATA,
-                 configuration=CONFIGURATION)
+                 metrics=METRICS, locales=LOCALES, queries=QUERIES, training=TRAINING, annotator=ANNOTATOR,
+                 mining=MINING, data=DATA, configuration=CONFIGURATION)
 
 # %% ../nbs/api/15a_report.ipynb #cell-47
 def environment() -> Environment: # templates of the report
@@ -427,16 +435,29 @@ def metric_context(
                 definitions=plain(last.definitions))
 
 # %% ../nbs/api/15a_report.ipynb #cell-66
+def annotator_context(
+    quality: dict | None, # agreement (rows), confusion [3, 3], reliability (name -> rows) and further facts; None: nobody annotated
+) -> dict: # agreement, figures, facts; empty without an annotator
+    "The annotator's part of the page."
+    if not quality: return {}
+    tables = {name: pl.DataFrame(rows) for name, rows in quality['reliability'].items()}
+    figures = [plot_confusion(quality['confusion'], quality['name']), plot_reliability(tables)]
+    facts = {key: value for key, value in quality.items() if key not in ('agreement', 'confusion', 'reliability')}
+    return dict(agreement=plain(quality['agreement']), facts=plain(facts),
+                figures=[embed(figure, f'annotator-{i}') for i, figure in enumerate(figures)])
+
+# %% ../nbs/api/15a_report.ipynb #cell-68
 def story_context(
     run: dict, # content of run.json
     histories: dict[str, pl.DataFrame], # stage -> step, name, value; may be empty
     data: Any, # RelevanceData
     mining: object, # report of the mining step, or None
+    annotator: dict | None, # its quality, see `annotator_context`
 ) -> dict: # names that the other parts of the page use
-    "How the run came about: training, mining, data, configuration."
+    "How the run came about: training, annotator, mining, data, configuration."
     curves = [embed(plot_training(h, stage), f'training-{i}')
               for i, (stage, h) in enumerate(histories.items()) if len(h)]
-    return dict(training=curves, mining=plain(mining or {}), data=data, data_facts=data_facts(data),
+    return dict(training=curves, annotator=annotator_context(annotator), mining=plain(mining or {}), data=data, data_facts=data_facts(data),
                 notes=plain(data.notes), seconds=step_seconds(run),
                 run=plain({k: v for k, v in run.items() if k != 'seconds'}))
 
@@ -449,11 +470,12 @@ def write_report(
     histories: dict[str, pl.DataFrame], # stage -> step, name, value; may be empty
     data: Any, # data.RelevanceData that the run used
     mining: object = None, # report of the mining step: a dataclass, mapping or frame, shown as it is
+    annotator: dict | None = None, # quality of the annotator, see `annotator_context`
     metric: str = 'ndcg@10', # column of per_query that picks the queries to look at
 ) -> Path: # the written file
     "Write the HTML report of a run: one file of about 5 MB that opens without a network."
-    context = metric_context(evaluations, comparisons) | story_context(run, histories, data, mining)
-    empty = [name for name in ('training', 'mining') if not context[name]]
+    context = metric_context(evaluations, comparisons) | story_context(run, histories, data, mining, annotator)
+    empty = [name for name in ('training', 'annotator', 'mining') if not context[name]]
     page = environment().get_template('page').render(
         **context, plotlyjs=Markup(get_plotlyjs()), sections={k: v for k, v in SECTIONS.items() if k not in empty},
         figures=report_figures(evaluations, comparisons, data.judgments, metric),

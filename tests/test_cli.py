@@ -1,5 +1,6 @@
 """`mine-refine` as a user meets it: a whole run, what it leaves behind, and what it says to mistakes."""
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_run_leaves_what_the_contract_names(folder):
-    for name in ("run.json", "metrics.json", "report.html", "mined.parquet", "thresholds.json", "stage1", "model"):
+    for name in ("run.json", "metrics.json", "report.html", "mined.parquet", "thresholds.json", "stage1", "model", "annotator", "annotator.json", "labels.db"):
         assert (folder / name).exists(), name
     assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("checkpoint-*"))
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -42,9 +43,58 @@ def test_a_run_leaves_what_the_contract_names(folder):
         assert row["difference"] == pytest.approx(metrics["stage2"][row["metric"]] - metrics["pretrained"][row["metric"]])
     assert "gains" in json.dumps(metrics["definitions"])
     record = json.loads((folder / "run.json").read_text())
-    assert record["request"]["seed"] == 0 and len(record["seconds"]) == 8 and record["versions"]["torch"]
+    assert record["request"]["seed"] == 0 and len(record["seconds"]) == 9 and record["versions"]["torch"]
     thresholds = json.loads((folder / "thresholds.json").read_text())
     assert thresholds["stage2"]["grade >= 1"]["threshold"] <= thresholds["stage2"]["grade >= 2"]["threshold"] + 0.2
+
+
+def test_the_annotator_is_measured_beside_what_costs_nothing(folder):
+    rows = {row["annotator"]: row for row in json.loads((folder / "metrics.json").read_text())["annotator"]}
+    name = json.loads((folder / "annotator" / "annotator.json").read_text())["name"]
+    assert set(rows) == {name, "cosine of stage 1", "majority"} and rows["majority"]["kappa"] == 0
+    facts = json.loads((folder / "annotator.json").read_text())
+    assert sum(map(sum, facts["confusion"])) == rows[name]["pairs"] and facts["mined negatives"]["judged by people"] > 0
+    assert sum(facts["mined negatives"][f"grade {grade}"] for grade in range(3)) == pytest.approx(1)
+    assert "Who graded the mined pairs" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_file_of_mined_pairs_is_annotated_once(folder, tmp_path):
+    out = tmp_path / "labels.csv"
+    arguments = ["annotate", folder / "mined.parquet", "--data", folder / "data", "--model", folder / "annotator", "--out", out]
+    call(*arguments)
+    labels, pending = pl.read_csv(out), pl.read_parquet(folder / "mined.parquet").filter(kind="pending")
+    assert labels.height == pending.height and labels["grade"].is_in([0, 1, 2]).all()
+    assert labels.select("p0", "p1", "p2").sum_horizontal().is_between(0.999, 1.001).all()
+    first, kept = out.read_bytes(), sqlite3.connect(out.with_suffix(".db")).execute("SELECT count(*), max(at) FROM labels").fetchone()
+    call(*arguments)
+    assert out.read_bytes() == first
+    assert sqlite3.connect(out.with_suffix(".db")).execute("SELECT count(*), max(at) FROM labels").fetchone() == kept
+
+
+def test_pairs_that_cannot_be_annotated_are_explained(folder, tmp_path):
+    pl.DataFrame({"query": ["pen"], "product_id": ["nowhere"]}).write_csv(tmp_path / "pairs.csv")
+    given = ["annotate", tmp_path / "pairs.csv", "--model", folder / "annotator", "--out", tmp_path / "x.csv"]
+    assert "query and title" in call(*given, code=2).stderr
+    assert "nowhere" in call(*given, "--data", folder / "data", code=2).stderr
+    pl.DataFrame({"query": ["pen", "pen"], "title": ["Blue pen", None]}).write_csv(tmp_path / "pairs.csv")
+    assert ".parquet or .csv" in call(*given[:-1], tmp_path / "x.txt", code=2).stderr
+    assert "the product has no title" in call(*given).stdout and pl.read_csv(tmp_path / "x.csv")["grade"].null_count() == 1
+
+
+def test_a_saved_annotator_serves_another_run_and_none_is_trained_over_it(folder, tmp_path):
+    assert "already holds an annotator" in call("train-annotator", "market", "--out", folder / "annotator", code=2).stderr
+    done = call("run", "market", "--out", tmp_path / "second", *SMOKE, "--annotator", folder / "annotator")
+    assert "stage2" in done.stdout and not (tmp_path / "second" / "annotator").exists()
+    mine, theirs = (json.loads((run / "annotator.json").read_text()) for run in (tmp_path / "second", folder))
+    assert mine["name"] == theirs["name"] and mine["confusion"] == theirs["confusion"]
+
+
+@pytest.mark.parametrize("who, kind, grades", [("none", "pending", [-1]), ("zero", "annotated", [0])])
+def test_mined_pairs_can_be_dropped_or_taken_for_irrelevant(tmp_path, who, kind, grades):
+    call("run", "market", "--out", tmp_path / "run", *SMOKE, "--annotator", who)
+    rows = pl.read_parquet(tmp_path / "run" / "mined.parquet").filter(pl.col("kind").is_in(["pending", "annotated"]))
+    assert rows["kind"].unique().to_list() == [kind] and rows["grade"].unique().to_list() == grades
+    assert not (tmp_path / "run" / "annotator.json").exists()
 
 
 def test_both_models_load_plainly_and_differ(folder):
@@ -55,7 +105,7 @@ def test_both_models_load_plainly_and_differ(folder):
 def test_a_finished_run_is_not_repeated(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "run.json"}
     done = call("run", "market", "--out", folder, *SMOKE, "--resume")
-    assert done.stderr.count("done before") == 8 and "stage2" in done.stdout
+    assert done.stderr.count("done before") == 9 and "stage2" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -65,7 +115,7 @@ def test_a_stopped_run_goes_on(folder):
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "metrics.json").unlink()
     done = call("run", "market", "--out", folder, *SMOKE, "--resume")
-    assert done.stderr.count("done before") == 7 and (folder / "metrics.json").exists()
+    assert done.stderr.count("done before") == 8 and (folder / "metrics.json").exists()
 
 
 def test_a_folder_in_use_is_not_overwritten(folder):
@@ -94,6 +144,8 @@ def test_simulate_then_evaluate(tmp_path):
 @pytest.mark.parametrize("arguments, says", [
     (["run", "nowhere", "--out", "x"], "nowhere"),
     (["run", "market", "--out", "x", "--backbone", "e5-smal"], "packaged ones are"),
+    (["run", "market", "--out", "x", "--annotator", "crss"], "choose one of cross, llm, none, zero"),
+    (["annotate", "nowhere.csv", "--model", "x", "--out", "y.csv"], "nowhere.csv is no file"),
     (["evaluate", "all-MiniLM-L6-v2", "nowhere"], "nowhere"),
     (["simulate", "x", "--locales", "en,fr"], "fr"),
 ])
