@@ -6,7 +6,7 @@
 __all__ = ['PACKAGED_LLM', 'HOLE', 'LLM_PROMPT', 'packaged_file', 'load_packaged_llm', 'silent_bars', 'load_llm', 'answer_tokens',
            'chat_frame', 'pair_tokens', 'read_prefix', 'pad_left', 'grade_scores', 'LocalAnnotator', 'score_language',
            'judge_locally', 'softmax', 'AnnotatorRecipe', 'decoder_layers', 'trainable', 'training_rows',
-           'GradeCollator', 'GradeTrainer', 'Sweeper', 'trainer_settings', 'check_graded', 'annotator_name',
+           'GradeCollator', 'GradeTrainer', 'StepBar', 'Sweeper', 'trainer_settings', 'check_graded', 'annotator_name',
            'train_annotator', 'fit', 'save_annotator', 'prompt_from_dict', 'load_annotator']
 
 # %% ../nbs/api/03_annotator.ipynb #cell-2
@@ -28,7 +28,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback,
                           Trainer, TrainerCallback, TrainingArguments)
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -222,7 +222,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 class AnnotatorRecipe:
     "Settings of one fine-tuning."
     epochs: int = 2
-    batch: int = 32
+    batch: int = 16
     learning_rate: float = 1e-3    # peak, after a twentieth of the steps; then falls linearly to zero
     rank: int = 16                 # of LoRA; 0: no LoRA, all weights of the upper layers
     layers: float = 0.5            # share of the layers that are trained, from the top
@@ -294,6 +294,13 @@ class GradeTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
 # %% ../nbs/api/03_annotator.ipynb #cell-43
+class StepBar(ProgressCallback):
+    "The trainer's bar without a line per log."
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        "Called by the trainer."
+
+
 class Sweeper(TrainerCallback):
     "Gives freed memory back every few steps."
 
@@ -378,7 +385,8 @@ def fit(annotator: LocalAnnotator, train: pl.DataFrame, validation: pl.DataFrame
     trainer = GradeTrainer(annotator, args=trainer_settings(recipe, checkpoints, annotator.model.device, progress),
                            train_dataset=training_rows(annotator, train), eval_dataset=training_rows(annotator, validation),
                            data_collator=GradeCollator(annotator.tokenizer.pad_token_id or 0), callbacks=[Sweeper()])
-    if not progress: trainer.remove_callback(PrinterCallback)
+    for callback in (ProgressCallback, PrinterCallback): trainer.remove_callback(callback)
+    if progress: trainer.add_callback(StepBar)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None)
     if isinstance(annotator.model, PeftModel): annotator.model.merge_adapter()
     annotator.prefixes.clear()

@@ -74,7 +74,8 @@ def bench_speed(
     rounds: int = 3,       # of which the median counts
 ) -> list[dict]:           # figure, value: for a table
     "Measure and write the speed of the annotator."
-    code = f"import json; from mine_refine_nb.bench import annotator_speed; print(json.dumps(annotator_speed({pairs}, {rounds})))"
+    code = ("import json; from transformers.utils import logging; logging.disable_progress_bar(); "
+            f"from mine_refine_nb.bench import annotator_speed; print(json.dumps(annotator_speed({pairs}, {rounds})))")
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     write_json(out, {"annotator": found})

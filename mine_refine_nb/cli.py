@@ -41,7 +41,7 @@ def quiet_libraries() -> None:
 
     from transformers.utils import logging as transformers_logging
 
-    warnings.filterwarnings("ignore", module="torch|transformers|sentence_transformers|accelerate")
+    warnings.filterwarnings("ignore", module="torch|transformers|sentence_transformers|accelerate|peft")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
@@ -127,7 +127,7 @@ def train_annotator(
     found = train_and_measure(kind.value, Request(data, preset.value, backbone, None, layout, seed), out, base, resume)
     print_table(found["agreement"], "agreement with people on test pairs")
     OUT.print(f"labels with a confidence of {found['confidence']} or more reach {found['wanted accuracy']:.0%} on validation"
-              if found["confidence"] else f"no confidence reaches {found['wanted accuracy']:.0%} on validation", soft_wrap=True)
+              if found["confidence"] else f"not good enough to label mined pairs: kappa {found['kappa on validation']:.2f} on validation", soft_wrap=True)
     OUT.print(f"annotator: {out}", soft_wrap=True)
 
 # %% ../nbs/api/19_cli.ipynb #cell-18

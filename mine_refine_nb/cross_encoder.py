@@ -54,7 +54,7 @@ class CrossRecipe:
     freeze_embeddings: bool = True    # keep the word embeddings as they are
     seed: int = 0
 
-
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-8
 def cross_texts(
     pairs: pl.DataFrame,    # the columns of `PAIR`
     recipe: CrossRecipe,
@@ -69,7 +69,7 @@ def cross_texts(
     def plain(text): return parts.sub(lambda mark: f"{mark.group()[0]} {mark.group()[1:]}", as_data(text, 2000))
     return [(plain(query), plain(product)) for query, product in zip(pairs["query"], products)]
 
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-11
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-13
 def frame_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
     "Give a tokenizer that frames only single texts XLM-RoBERTa's frame for two: `<s> a </s> </s> b </s>`."
     if tokenizer.num_special_tokens_to_add(pair=True): return
@@ -78,7 +78,7 @@ def frame_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
         single=f"{start} $A {end}", pair=f"{start} $A {end} {end} $B {end}",
         special_tokens=[(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in (start, end)])
 
-
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-15
 def build_cross(
     backbone: str | Path = DEFAULT_BACKBONE,    # as for `encoder.load_backbone`
     max_length: int = 144,    # tokens of query and product together
@@ -94,7 +94,7 @@ def build_cross(
     model.max_seq_length = max_length
     return model
 
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-15
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-19
 def cross_probabilities(
     model: CrossEncoder,
     texts: list[tuple[str, str]],    # (query, product)
@@ -106,7 +106,7 @@ def cross_probabilities(
         scores = model.predict(texts, batch_size=batch_size, apply_softmax=True, show_progress_bar=False)
     return scores.reshape(-1, len(Grade)).astype(float)
 
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-19
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-23
 def cross_dataset(
     pairs: pl.DataFrame,    # pairs with `grade`
     recipe: CrossRecipe,
@@ -121,7 +121,7 @@ def cross_dataset(
     queries, products = zip(*cross_texts(pairs, recipe, marks))
     return Dataset.from_dict({"query": queries, "product": products, "label": pairs["grade"].cast(pl.Int64).to_list()})
 
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-23
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-27
 class LengthBatches(DefaultBatchSampler):
     "Batches of pairs of similar length, in random order; another order each epoch."
 
@@ -138,7 +138,7 @@ class LengthBatches(DefaultBatchSampler):
         starts = torch.randperm(len(self), generator=dice) * self.batch_size
         yield from (order[start : start + self.batch_size] for start in starts.tolist())
 
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-27
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-31
 def cross_arguments(
     recipe: CrossRecipe,
     folder: Path,            # checkpoints, one per epoch
@@ -154,7 +154,7 @@ def cross_arguments(
         dataloader_pin_memory=device.type != "cpu", save_strategy="epoch", save_total_limit=1,
         report_to="none", disable_tqdm=not progress)
 
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-28
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-32
 class CrossTrainer(CrossEncoderTrainer):
     "sentence-transformers' trainer without a model card, which would quote the data."
 
@@ -169,7 +169,7 @@ class GiveBack(TrainerCallback):
         "Called by the trainer."
         if state.global_step % 10 == 0: give_back_memory()
 
-
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-34
 def cross_trainer(
     model: CrossEncoder,
     dataset: Dataset,    # from `cross_dataset`
@@ -185,7 +185,7 @@ def cross_trainer(
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-30
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-36
 @dataclass
 class CrossAnnotator:
     "A cross-encoder as an `Annotator`."
@@ -203,7 +203,7 @@ class CrossAnnotator:
     @classmethod
     def load(cls, folder: str | Path) -> "CrossAnnotator": return load_cross(folder)
 
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-31
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-37
 def judge_cross(
     annotator: CrossAnnotator,
     pairs: pl.DataFrame,    # `query` and `title` at least
@@ -217,7 +217,7 @@ def judge_cross(
     probabilities[asked.to_numpy()] = annotator.calibration(cross_probabilities(annotator.model, texts))
     return judged_rows(probabilities, reasons.to_list())
 
-
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-39
 def cross_calibration(
     annotator: CrossAnnotator,    # not calibrated yet
     pairs: pl.DataFrame,          # pairs with `grade`, of queries that it was not trained on
@@ -226,7 +226,7 @@ def cross_calibration(
     graded = pairs.filter(pl.col("grade").is_in([int(grade) for grade in Grade]))
     return fit_calibration(annotator.judge(graded).select(PROBABILITIES).to_numpy(), graded["grade"])
 
-
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-41
 def cross_name(
     backbone: str | Path,
     annotator: CrossAnnotator,
@@ -238,13 +238,13 @@ def cross_name(
         digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return f"cross-{Path(backbone).name}-{digest.hexdigest()[:8]}"
 
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-35
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-45
 def check_place(folder: Path) -> None:
     "Refuse to replace what is no annotator."
     if folder.exists() and not (folder.is_dir() and ((folder / ABOUT).exists() or not any(folder.iterdir()))):
         raise DataError(f"{folder} exists and is no annotator; choose another folder")
 
-
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-47
 def save_cross(
     annotator: CrossAnnotator,
     folder: str | Path,    # new, empty, or one that holds an annotator, which is replaced
@@ -260,7 +260,7 @@ def save_cross(
 
     return write_whole(folder, write)
 
-
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-49
 def load_cross(
     folder: str | Path,
 ) -> CrossAnnotator:
@@ -274,7 +274,7 @@ def load_cross(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the annotator in {folder} is not whole ({error}); train it again") from error
 
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-37
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-51
 def checkpoint_folder(
     folder: Path,        # where the annotator will be saved
     dataset: Dataset,    # what it is trained on
@@ -284,7 +284,7 @@ def checkpoint_folder(
     content = json.dumps([dataset.to_dict(), *map(str, settings)])
     return folder.parent / f".{folder.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
-
+# %% ../nbs/api/07a_cross_encoder.ipynb #cell-53
 def train_cross(
     train: pl.DataFrame,         # pairs with `grade`, see `judging.pairs_of`
     validation: pl.DataFrame,    # pairs of other queries with `grade`: the calibration is fitted on them

@@ -98,7 +98,7 @@ class Level:
     examples: tuple[Example, ...]
 
 # %% ../nbs/api/00_grades.ipynb #cell-27
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Guideline:
     "The grading policy: a task, three levels, rules across levels, notes per locale."
     version: str
@@ -116,6 +116,8 @@ class Guideline:
     def fingerprint(self) -> str: return fingerprint_guideline(self)
 
     def to_dict(self) -> dict: return asdict(self)
+
+    def __repr__(self) -> str: return f"Guideline(version {self.version}, {self.fingerprint})"
 
     def _repr_html_(self) -> str: return guideline_html(self)
 

@@ -336,7 +336,7 @@ def annotate(
     todo = (pairs.filter(pl.col("reason").is_null()).unique("pair", maintain_order=True).join(known, on="pair", how="anti")
             .sort(pl.sum_horizontal(pl.col("query", "title", "description").str.len_chars()), maintain_order=True))
     answers = [known]
-    for batch in tqdm(list(todo.iter_slices(annotator.batch)), disable=not progress, desc=annotator.name):
+    for batch in tqdm(list(todo.iter_slices(annotator.batch)), disable=not (progress and todo.height), desc=annotator.name):
         judged = annotator.judge(batch)
         labels = to_labels(batch, judged, annotator)
         if book: book.add(batch, labels)

@@ -66,9 +66,9 @@ def scale(
 TINY = {"steps": 4, "queries": 4, "products": 4, "evaluate_every": 2}
 FULL = {"freeze_embeddings": False, "freeze_layers": 0.0, "max_length": 128, "queries": 32, "products": 16}
 PRESETS = {
-    "smoke": Preset(replace(STAGE1, **TINY), replace(STAGE2, **TINY), AnnotatorRecipe(epochs=1), CrossRecipe(epochs=1),
-                    market=(240, 60), pairs=200, corner=(6, 40)),
-    "quick": Preset(STAGE1, STAGE2, AnnotatorRecipe(epochs=1), CrossRecipe(epochs=2), market=(1500, 240)),
+    "smoke": Preset(replace(STAGE1, **TINY), replace(STAGE2, **TINY), AnnotatorRecipe(epochs=1),
+                    CrossRecipe(epochs=1, description=0, max_length=64), market=(240, 60), pairs=200, corner=(6, 40)),
+    "quick": Preset(STAGE1, STAGE2, AnnotatorRecipe(epochs=1), CrossRecipe(), market=(1500, 240)),
     "standard": Preset(scale(STAGE1, 4, max_length=96), scale(STAGE2, 4, max_length=96), AnnotatorRecipe(), CrossRecipe(),
                        market=(6000, 900)),
     "full": Preset(scale(STAGE1, 12, **FULL), scale(STAGE2, 12, **FULL), AnnotatorRecipe(layers=1.0),
@@ -79,14 +79,14 @@ PRESETS = {
 ANNOTATORS = {"cross": "a cross-encoder trained on the run's human grades", "llm": "a language model fine-tuned on them",
               "none": "nobody: mined pairs without a human grade are dropped", "zero": "nobody: they are taken for irrelevant"}
 
-
+# %% ../nbs/api/17_pipeline.ipynb #cell-14
 def check_annotator(name: str) -> None:
     "Raise ValueError unless this is the folder of a saved annotator."
     if not Path(name).is_dir():
         raise ValueError(f"no annotator {name!r}: choose one of {', '.join(ANNOTATORS)}, or the folder of a saved annotator")
     read_about(name)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-13
+# %% ../nbs/api/17_pipeline.ipynb #cell-15
 @dataclass(frozen=True)
 class Request:
     "What to run, and on what."
@@ -106,7 +106,7 @@ class Request:
             raise ValueError(f"no preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
         check_backbone(self.backbone)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-15
+# %% ../nbs/api/17_pipeline.ipynb #cell-17
 def cut_corner(
     data: RelevanceData,
     queries: int,  # kept per split, those with most judgments first
@@ -121,7 +121,7 @@ def cut_corner(
     kept = rest.sample(min(others, rest.height), seed=seed)["product_id"].to_list()
     return replace(data, judgments=judgments, products=data.products.filter(judged | pl.col("product_id").is_in(kept)))
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-17
+# %% ../nbs/api/17_pipeline.ipynb #cell-19
 def request_data(
     request: Request,
 ) -> RelevanceData:
@@ -133,7 +133,7 @@ def request_data(
     data = load_data(request.source, layout=request.layout, seed=request.seed)
     return data if preset.corner is None else cut_corner(data, *preset.corner, request.seed)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-21
+# %% ../nbs/api/17_pipeline.ipynb #cell-23
 ROWS_OF_EVALUATION = ("per_query", "pairs", "run")
 
 
@@ -152,13 +152,13 @@ def save_evaluation(
 
     return write_whole(folder, write)
 
-
+# %% ../nbs/api/17_pipeline.ipynb #cell-25
 def load_evaluation(folder: Path) -> Evaluation:
     "What `save_evaluation` wrote."
     frames = {name: pl.read_parquet(folder / f"{name}.parquet") for name in ROWS_OF_EVALUATION}
     return Evaluation(**json.loads((folder / "numbers.json").read_text(encoding="utf-8")), **frames)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-23
+# %% ../nbs/api/17_pipeline.ipynb #cell-27
 @dataclass
 class Run:
     "A run's folder, its memory and its voice."
@@ -184,7 +184,7 @@ class Run:
         write_json(self.folder / "run.json", self.record)
         console.print(f"  {name}: {self.record['seconds'][name]:.0f} s")
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-25
+# %% ../nbs/api/17_pipeline.ipynb #cell-29
 LIBRARIES = ("mine_refine_nb", "torch", "sentence-transformers", "transformers", "faiss-cpu", "polars", "ir-measures")
 
 
@@ -213,7 +213,7 @@ def open_run(
     write_json(memory, record)
     return Run(folder, request, data, progress, record, resume)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-27
+# %% ../nbs/api/17_pipeline.ipynb #cell-31
 MODELS = {"pretrained": None, "stage1": "stage1", "stage2": "model"}  # stage -> its folder in the run
 
 
@@ -227,7 +227,7 @@ def load_stage(run: Run, stage: str) -> SentenceTransformer:
     texts = product_text(run.data.products.sample(min(2000, run.data.products.height), seed=run.request.seed)).to_list()
     return add_heads(model, run.request.dim, texts, run.request.seed)
 
-
+# %% ../nbs/api/17_pipeline.ipynb #cell-33
 def stage_vectors(run: Run, stage: str) -> Embeddings:
     "Vectors of all queries and products under a stage's encoder, computed once per process."
     if stage not in run.vectors:
@@ -236,7 +236,7 @@ def stage_vectors(run: Run, stage: str) -> Embeddings:
         run.vectors[stage] = embed(model, run.data, progress=run.progress)
     return run.vectors[stage]
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-29
+# %% ../nbs/api/17_pipeline.ipynb #cell-35
 def measure(
     run: Run,
     stage: str,  # a key of `MODELS`
@@ -246,13 +246,13 @@ def measure(
         evaluation = evaluate(stage_vectors(run, stage), run.data, split)
         save_evaluation(evaluation, run.folder / "evaluations" / stage / split)
 
-
+# %% ../nbs/api/17_pipeline.ipynb #cell-37
 def evaluations(run: Run, split: str = "test") -> dict[str, Evaluation]:
     "The kept evaluations of one split, by stage."
     folders = {stage: run.folder / "evaluations" / stage / split for stage in MODELS}
     return {stage: load_evaluation(folder) for stage, folder in folders.items() if folder.exists()}
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-31
+# %% ../nbs/api/17_pipeline.ipynb #cell-39
 def save_training(
     run: Run,
     stage: str,  # stage1 or stage2
@@ -264,7 +264,7 @@ def save_training(
     write_whole(run.folder / MODELS[stage], lambda folder: model.save(str(folder), create_model_card=False))
     shutil.rmtree(run.folder / "training" / stage, ignore_errors=True)
 
-
+# %% ../nbs/api/17_pipeline.ipynb #cell-41
 def run_stage1(run: Run) -> None:
     "Pretrained encoder to stage 1."
     model, recipe = load_stage(run, "pretrained"), replace(PRESETS[run.request.preset].stage1, seed=run.request.seed)
@@ -281,7 +281,7 @@ def run_stage2(run: Run) -> None:
     history = train_stage2(model, run.data, mined, scores, folder, recipe, resume=run.resume, progress=run.progress)
     save_training(run, "stage2", model, history)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-33
+# %% ../nbs/api/17_pipeline.ipynb #cell-43
 def run_annotator(run: Run) -> None:
     "An annotator, measured; nothing to do where nobody annotates."
     who, hints = run.request.annotator, None
@@ -300,7 +300,7 @@ def run_annotator(run: Run) -> None:
     write_json(run.folder / "annotator.json", found | {"mined negatives": mined_negatives(run.data, stage1)})
 
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-34
+# %% ../nbs/api/17_pipeline.ipynb #cell-44
 def run_mining(run: Run) -> None:
     "Hard samples and pending candidates of the training queries by the stage-1 encoder, the latter graded as asked."
     mined = mine(stage_vectors(run, "stage1"), run.data, "train")
@@ -315,7 +315,7 @@ def run_mining(run: Run) -> None:
                         stage_vectors(run, "pretrained"), run.progress)
     mined.save(run.folder / "mined.parquet")
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-36
+# %% ../nbs/api/17_pipeline.ipynb #cell-46
 def threshold_table(run: Run) -> dict:
     "Per stage and boundary: the threshold chosen on validation, with balanced accuracy there and on test."
     table = {}
@@ -329,7 +329,7 @@ def threshold_table(run: Run) -> dict:
                 "threshold": best["threshold"], "balanced_accuracy_validation": best["bacc"], "balanced_accuracy_test": (recall + 1 - passed) / 2}  # fmt: skip
     return table
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-38
+# %% ../nbs/api/17_pipeline.ipynb #cell-48
 PAIRS_OF_STAGES = (("pretrained", "stage1"), ("stage1", "stage2"), ("pretrained", "stage2"))
 
 
@@ -338,7 +338,7 @@ def compare_stages(run: Run) -> dict[str, pl.DataFrame]:
     tested = evaluations(run)
     return {f"{b} vs {a}": compare(tested[a], tested[b], seed=run.request.seed) for a, b in PAIRS_OF_STAGES}
 
-
+# %% ../nbs/api/17_pipeline.ipynb #cell-50
 def write_results(run: Run) -> None:
     "metrics.json, thresholds.json and report.html."
     tested, comparisons = evaluations(run), compare_stages(run)
@@ -352,7 +352,7 @@ def write_results(run: Run) -> None:
     mined = Mined.load(run.folder / "mined.parquet")
     write_report(run.folder / "report.html", run.record, tested, comparisons, histories, run.data, mining=mined.report, annotator=annotator)
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-40
+# %% ../nbs/api/17_pipeline.ipynb #cell-52
 def run_pipeline(
     folder: str | Path,  # of the run
     request: Request,
@@ -372,7 +372,7 @@ def run_pipeline(
     run.step("report", lambda: write_results(run))
     return run
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-42
+# %% ../nbs/api/17_pipeline.ipynb #cell-54
 def results_table(
     run: Run,  # finished
     metrics: tuple[str, ...] = HEADLINE,
@@ -381,7 +381,7 @@ def results_table(
     tested = evaluations(run)
     return pl.DataFrame({"metric": metrics} | {stage: [one.values[name] for name in metrics] for stage, one in tested.items()})
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-44
+# %% ../nbs/api/17_pipeline.ipynb #cell-56
 def train_and_measure(
     kind: str,  # cross or llm
     request: Request,  # data, preset, backbone, seed
@@ -404,7 +404,7 @@ def train_and_measure(
     write_json(folder / "quality.json", found)
     return found
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-47
+# %% ../nbs/api/17_pipeline.ipynb #cell-59
 def catalogue_vectors(
     folder: Path,  # of a finished run
     model: SentenceTransformer,  # its stage-2 encoder
@@ -417,7 +417,7 @@ def catalogue_vectors(
         write_whole(kept, lambda path: np.save(path.open("wb"), vectors))
     return np.load(kept, mmap_mode="r")
 
-# %% ../nbs/api/17_pipeline.ipynb #cell-48
+# %% ../nbs/api/17_pipeline.ipynb #cell-60
 def search_run(
     folder: str | Path,  # of a finished run, or its `model` folder
     query: str,

@@ -1,15 +1,17 @@
 """`mine-refine` as a user meets it: a whole run, what it leaves behind, and what it says to mistakes."""
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from mine_refine_nb.pipeline import HEADLINE
+from mine_refine_nb.pipeline import HEADLINE, Request, open_run, run_mining
 
 COMMAND = Path(sys.executable).with_name("mine-refine")
 ESCI = Path(__file__).resolve().parents[2] / "shared" / "data" / "esci"
@@ -58,11 +60,35 @@ def test_the_annotator_is_measured_beside_what_costs_nothing(folder):
     assert "Who graded the mined pairs" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_file_of_mined_pairs_is_annotated_once(folder, tmp_path):
+@pytest.fixture(scope="module")
+def dropped(tmp_path_factory):
+    "A run in which nobody annotates."
+    out = tmp_path_factory.mktemp("runs") / "dropped"
+    call("run", "market", "--out", out, *SMOKE, "--annotator", "none")
+    return out
+
+
+def test_mined_pairs_can_be_dropped(dropped):
+    rows = pl.read_parquet(dropped / "mined.parquet").filter(pl.col("kind").is_in(["pending", "annotated"]))
+    assert rows["kind"].unique().to_list() == ["pending"] and not (dropped / "annotator.json").exists()
+
+
+def test_mined_pairs_can_be_taken_for_irrelevant(dropped, tmp_path):
+    shutil.copytree(dropped, tmp_path / "run")
+    run = open_run(tmp_path / "run", Request("market", "smoke", "all-MiniLM-L6-v2", annotator="none"), resume=True, progress=False)
+    run.request = replace(run.request, annotator="zero")
+    run_mining(run)
+    rows = pl.read_parquet(tmp_path / "run" / "mined.parquet").filter(kind="annotated")
+    pending = pl.read_parquet(dropped / "mined.parquet").filter(kind="pending")
+    assert rows.height == pending.height > 0 and rows["grade"].unique().to_list() == [0]
+    assert rows["source"].unique().to_list() == ["taken for irrelevant"]
+
+
+def test_a_file_of_mined_pairs_is_annotated_once(folder, dropped, tmp_path):
     out = tmp_path / "labels.csv"
-    arguments = ["annotate", folder / "mined.parquet", "--data", folder / "data", "--model", folder / "annotator", "--out", out]
+    arguments = ["annotate", dropped / "mined.parquet", "--data", dropped / "data", "--model", folder / "annotator", "--out", out]
     call(*arguments)
-    labels, pending = pl.read_csv(out), pl.read_parquet(folder / "mined.parquet").filter(kind="pending")
+    labels, pending = pl.read_csv(out), pl.read_parquet(dropped / "mined.parquet").filter(kind="pending")
     assert labels.height == pending.height and labels["grade"].is_in([0, 1, 2]).all()
     assert labels.select("p0", "p1", "p2").sum_horizontal().is_between(0.999, 1.001).all()
     first, kept = out.read_bytes(), sqlite3.connect(out.with_suffix(".db")).execute("SELECT count(*), max(at) FROM labels").fetchone()
@@ -77,6 +103,8 @@ def test_pairs_that_cannot_be_annotated_are_explained(folder, tmp_path):
     assert "query and title" in call(*given, code=2).stderr
     assert "nowhere" in call(*given, "--data", folder / "data", code=2).stderr
     pl.DataFrame({"query": ["pen", "pen"], "title": ["Blue pen", None]}).write_csv(tmp_path / "pairs.csv")
+    pl.read_parquet(folder / "mined.parquet").filter(pl.col("kind") != "pending").write_parquet(tmp_path / "graded.parquet")
+    assert "no pair to annotate" in call(given[0], tmp_path / "graded.parquet", *given[2:], code=2).stderr
     assert ".parquet or .csv" in call(*given[:-1], tmp_path / "x.txt", code=2).stderr
     assert "the product has no title" in call(*given).stdout and pl.read_csv(tmp_path / "x.csv")["grade"].null_count() == 1
 
@@ -87,14 +115,6 @@ def test_a_saved_annotator_serves_another_run_and_none_is_trained_over_it(folder
     assert "stage2" in done.stdout and not (tmp_path / "second" / "annotator").exists()
     mine, theirs = (json.loads((run / "annotator.json").read_text()) for run in (tmp_path / "second", folder))
     assert mine["name"] == theirs["name"] and mine["confusion"] == theirs["confusion"]
-
-
-@pytest.mark.parametrize("who, kind, grades", [("none", "pending", [-1]), ("zero", "annotated", [0])])
-def test_mined_pairs_can_be_dropped_or_taken_for_irrelevant(tmp_path, who, kind, grades):
-    call("run", "market", "--out", tmp_path / "run", *SMOKE, "--annotator", who)
-    rows = pl.read_parquet(tmp_path / "run" / "mined.parquet").filter(pl.col("kind").is_in(["pending", "annotated"]))
-    assert rows["kind"].unique().to_list() == [kind] and rows["grade"].unique().to_list() == grades
-    assert not (tmp_path / "run" / "annotator.json").exists()
 
 
 def test_both_models_load_plainly_and_differ(folder):

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from mine_refine_nb import cross_encoder
-from mine_refine_nb.cross_encoder import CrossAnnotator, CrossRecipe, LengthBatches, build_cross, cross_dataset, cross_texts, train_cross
+from mine_refine_nb.cross_encoder import CrossAnnotator, CrossRecipe, LengthBatches, build_cross, cross_dataset, cross_name, cross_texts, train_cross
 from mine_refine_nb.data import DataError
 from mine_refine_nb.grades import DEFAULT_GUIDELINE
 from mine_refine_nb.judging import PROBABILITIES, Calibration, agreement, annotate, check_pairs, pairs_of
@@ -99,11 +99,12 @@ def test_calibration_changes_confidence_and_no_grade(parts, trained):
 
 def test_another_training_has_another_name(parts, tmp_path):
     few, held = parts["train"].head(24), parts["validation"].head(16)
-    once = train_cross(few, held, tmp_path / "a", BACKBONE, TINY)
-    same = train_cross(few, held, tmp_path / "b", BACKBONE, TINY)
-    assert once.name == same.name and once.name.startswith(f"cross-{BACKBONE}-")
-    others = [train_cross(few, held, tmp_path / "c", BACKBONE, replace(TINY, seed=1)), train_cross(few.tail(16), held, tmp_path / "d", BACKBONE, TINY)]
-    assert len({once.name, *(other.name for other in others)}) == 3
+    once, same, other = (train_cross(few, held, tmp_path / name, BACKBONE, replace(TINY, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert once.name == same.name != other.name and once.name.startswith(f"cross-{BACKBONE}-")
+    other.recipe, other.calibration = once.recipe, once.calibration
+    assert cross_name(BACKBONE, other) != once.name    # the weights alone
+    assert cross_name(BACKBONE, replace(once, calibration=Calibration())) != once.name
+    assert cross_name(BACKBONE, once) == once.name
 
 
 class Stop(TrainerCallback):
@@ -112,11 +113,10 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt("killed")
 
 
-def test_a_killed_training_goes_on_to_the_same_model(parts, tmp_path, monkeypatch):
-    few, held = parts["train"].head(32), parts["validation"].head(16)
-    straight = train_cross(few, held, tmp_path / "straight", BACKBONE, TINY)
-    build = cross_encoder.cross_trainer
-    steps = []
+@pytest.fixture()
+def killed(parts, tmp_path, monkeypatch):
+    "A training that was killed in its second epoch, and the steps of all trainings after it."
+    few, held, build, steps = parts["train"].head(32), parts["validation"].head(16), cross_encoder.cross_trainer, []
 
     def stopping(*settings):
         trainer = build(*settings)
@@ -132,14 +132,23 @@ def test_a_killed_training_goes_on_to_the_same_model(parts, tmp_path, monkeypatc
     monkeypatch.setattr(cross_encoder, "cross_trainer", stopping)
     with pytest.raises(KeyboardInterrupt):
         train_cross(few, held, tmp_path / "killed", BACKBONE, TINY)
-    assert not (tmp_path / "killed").exists()
     monkeypatch.setattr(cross_encoder, "cross_trainer", counting)
-    resumed = train_cross(few, held, tmp_path / "killed", BACKBONE, TINY, resume=True)
+    return few, held, tmp_path / "killed", steps
+
+
+def test_a_killed_training_goes_on_to_the_same_model(killed):
+    few, held, folder, steps = killed
+    assert not folder.exists()
+    resumed = train_cross(few, held, folder, BACKBONE, TINY, resume=True)
     assert len(steps) == 4    # the second epoch only
-    assert np.allclose(said(straight.judge(held)), said(resumed.judge(held)), atol=1e-4)
-    steps.clear()
-    train_cross(few, held, tmp_path / "killed", BACKBONE, replace(TINY, seed=5), resume=True)
-    assert len(steps) == 8    # another recipe does not go on from this one's checkpoint
+    straight = train_cross(few, held, folder.with_name("straight"), BACKBONE, TINY)
+    assert len(steps) == 4 + 8 and np.allclose(said(straight.judge(held)), said(resumed.judge(held)), atol=1e-4)
+
+
+def test_another_recipe_does_not_go_on_from_this_one(killed):
+    few, held, folder, steps = killed
+    train_cross(few, held, folder, BACKBONE, replace(TINY, learning_rate=1e-5), resume=True)
+    assert len(steps) == 8
 
 
 def test_every_pair_is_drawn_once_an_epoch(parts):
