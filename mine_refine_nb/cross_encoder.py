@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CrossRecipe', 'cross_texts', 'frame_pairs', 'build_cross', 'cross_probabilities', 'cross_dataset', 'LengthBatches',
-           'cross_arguments', 'CrossTrainer', 'GiveBack', 'cross_trainer', 'CrossAnnotator', 'judge_cross',
-           'cross_calibration', 'cross_name', 'check_place', 'save_cross', 'load_cross', 'checkpoint_folder',
-           'train_cross']
+           'cross_arguments', 'CrossTrainer', 'cross_trainer', 'CrossAnnotator', 'judge_cross', 'cross_calibration',
+           'cross_name', 'check_place', 'save_cross', 'load_cross', 'checkpoint_folder', 'train_cross']
 
 # %% ../nbs/api/07a_cross_encoder.ipynb #cell-2
 import hashlib
@@ -29,16 +28,17 @@ from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncode
 from sentence_transformers.cross_encoder.losses import CrossEntropyLoss
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
+from .annotator import StepBar, Sweeper
 from .data import DataError, product_text
 from .encoder import DEFAULT_BACKBONE, load_backbone
 from .grades import DEFAULT_GUIDELINE, Grade, Guideline, guideline_from_dict
 from .judging import (ABOUT, PROBABILITIES, Calibration, as_data, calibration_from_dict, check_pairs,
                                     fit_calibration, judged_rows, read_about, unjudgeable)
-from .machine import fast_dtype, give_back_memory, write_json, write_whole
+from .machine import fast_dtype, write_json, write_whole
 
 # %% ../nbs/api/07a_cross_encoder.ipynb #cell-6
 @dataclass(frozen=True)
@@ -162,13 +162,6 @@ class CrossTrainer(CrossEncoderTrainer):
         "Called by the trainer; its own documentation names this as the way to leave the card out."
 
 
-class GiveBack(TrainerCallback):
-    "Batches of many lengths leave freed memory in pieces; this returns it while training goes on."
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        "Called by the trainer."
-        if state.global_step % 10 == 0: give_back_memory()
-
 # %% ../nbs/api/07a_cross_encoder.ipynb #cell-34
 def cross_trainer(
     model: CrossEncoder,
@@ -181,8 +174,9 @@ def cross_trainer(
     model[0].model.get_input_embeddings().requires_grad_(not recipe.freeze_embeddings)
     settings = cross_arguments(recipe, checkpoints, model.device, progress)
     trainer = CrossTrainer(model=model, args=settings, train_dataset=dataset, loss=CrossEntropyLoss(model),
-                           callbacks=[GiveBack()])
-    trainer.remove_callback(PrinterCallback)
+                           callbacks=[Sweeper()])
+    for callback in (ProgressCallback, PrinterCallback): trainer.remove_callback(callback)
+    if progress: trainer.add_callback(StepBar)
     return trainer
 
 # %% ../nbs/api/07a_cross_encoder.ipynb #cell-36
