@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 API = [p for p in NOTEBOOKS if p.parent.name == "api"]
 NAME = re.compile(r"\d\d[a-z]?_\w+\.ipynb")
-SECONDS = 240  # for one notebook
+SECONDS = 420  # for one notebook
 # Folders of a machine (written so that this line does not match itself) and addresses in its memory.
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|wor[k]|Users|mnt|opt)/| at 0x[0-9a-f]{6,}")
 BARS = re.compile(r"\d+%\|[^|]*\||it/s\]|━━━|█{4}")
