@@ -7,9 +7,7 @@ __all__ = ['app', 'OUT', 'PresetName', 'quiet_libraries', 'print_table', 'run', 
            'annotate', 'BenchKind', 'bench', 'evaluate', 'search', 'main']
 
 # %% ../nbs/api/19_cli.ipynb #cell-3
-import json
 import sys
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated

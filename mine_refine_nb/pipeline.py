@@ -284,7 +284,7 @@ def run_stage2(run: Run) -> None:
 # %% ../nbs/api/17_pipeline.ipynb #cell-43
 def run_annotator(run: Run) -> None:
     "An annotator, measured; nothing to do where nobody annotates."
-    who, hints = run.request.annotator, None
+    who = run.request.annotator
     if who in ("none", "zero"):
         return
     hints, stage1 = stage_vectors(run, "pretrained"), stage_vectors(run, "stage1")
@@ -393,10 +393,9 @@ def train_and_measure(
     "Train an annotator, measure it, keep both in its folder."
     if (folder / ABOUT).exists() and not resume:
         raise ValueError(f"{folder} already holds an annotator: choose another --out")
-    data, model = request_data(request), load_backbone(request.backbone)
-    model.max_seq_length = PRESETS[request.preset].stage1.max_length
+    data, model, preset = request_data(request), load_backbone(request.backbone), PRESETS[request.preset]
+    model.max_seq_length = preset.stage1.max_length
     hints = embed(model, data, progress=progress)
-    preset = PRESETS[request.preset]
     recipe = replace(getattr(preset, kind), seed=request.seed)
     annotator = fit_annotator(data, hints, folder, recipe, request.backbone, base, preset.pairs, resume, progress)
     others = [LocalAnnotator(*load_llm(base), name=f"{Path(base).name} zero-shot", base=base)] if kind == "llm" else []
