@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'OUT', 'PresetName', 'quiet_libraries', 'print_table', 'run', 'simulate', 'AnnotatorKind', 'train_annotator',
-           'annotate', 'BenchKind', 'bench', 'evaluate', 'search', 'main']
+           'annotate', 'audit', 'correct', 'BenchKind', 'bench', 'evaluate', 'search', 'main']
 
 # %% ../nbs/api/19_cli.ipynb #cell-3
 import sys
@@ -83,20 +83,18 @@ def run(
 @app.command()
 def simulate(
     folder: Annotated[Path, typer.Argument(help="Where the data folder is written.")],
-    products: Annotated[int, typer.Option(help="Products over all locales.")] = 1500,
+    products: Annotated[int, typer.Option(help="Products over all locales, up to a million.")] = 1500,
     queries: Annotated[int, typer.Option(help="Queries over all locales.")] = 240,
     locales: Annotated[str, typer.Option(help="Comma-separated, out of en,es,ja.")] = "en,es,ja",
     seed: Annotated[int, typer.Option(help="Same seed, same market.")] = 0,
+    raters: Annotated[int, typer.Option(help="People who grade each pair, and sometimes slip; 0: the true grades.")] = 0,
+    sessions: Annotated[int, typer.Option(help="Shopping sessions in the log; 0: no log.")] = 100_000,
 ) -> None:
-    "Write a simulated market as a data folder in our own layout."
-    from mine_refine_nb.market import simulate as simulate_market
+    "Write a simulated market as a data folder in our own layout: catalogue, judgments, shoppers' log, and the truth."
+    from mine_refine_nb.shoppers import write_shop
 
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: choose another folder")
-    made = simulate_market(products, queries, tuple(part.strip() for part in locales.split(",")), seed)
-    made.save(folder)
-    OUT.print(repr(made), soft_wrap=True)
-    OUT.print(f"written to {folder}", soft_wrap=True)
+    made = write_shop(folder, products, queries, tuple(part.strip() for part in locales.split(",")), seed, sessions, raters)
+    print_table(made.to_dicts(), str(folder))
 
 # %% ../nbs/api/19_cli.ipynb #cell-16
 class AnnotatorKind(str, Enum):
@@ -151,6 +149,37 @@ def annotate(
     for reason, n in failed.iter_rows():
         OUT.print(f"{n} without a grade: {reason}", soft_wrap=True, markup=False)
 
+# %% ../nbs/api/19_cli.ipynb #6f1ed983
+@app.command()
+def audit(
+    data: Annotated[str, typer.Argument(help="A data folder with an engagement file, or `market`.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report, the queue and the corrections.")],
+    engagement: Annotated[Path | None, typer.Option(help="Shoppers' log, .parquet or .csv, if not in the data folder.")] = None,
+    annotator: Annotated[Path | None, typer.Option(help="Folder of a saved annotator that judges the worst claims again.")] = None,
+    most: Annotated[int, typer.Option(help="Claims that the annotator may judge.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of the simulated market, and of a data split that has to be made.")] = 0,
+) -> None:
+    "Find judgments that do not fit what shoppers did."
+    quiet_libraries()
+    from mine_refine_nb.auditing import audit_files
+
+    numbers = audit_files(data, out, engagement, annotator, most, seed)
+    print_table([{"figure": name, "value": str(value)} for name, value in numbers.items()], "label audit")
+    OUT.print(f"report: {out / 'audit.html'}", soft_wrap=True)
+
+
+@app.command()
+def correct(
+    data: Annotated[Path, typer.Argument(help="A data folder.")],
+    corrections: Annotated[Path, typer.Argument(help="corrections.parquet of an audit, or the folder of the review widget.")],
+    out: Annotated[Path, typer.Option(help="The corrected data folder, a new one.")],
+) -> None:
+    "Write a data folder with corrected grades; the old grades, who changed them and why stay beside them."
+    from mine_refine_nb.auditing import correct_folder
+
+    made = correct_folder(data, corrections, out)
+    OUT.print(f"{made.corrections.height} grades corrected; written to {out}", soft_wrap=True)
+
 # %% ../nbs/api/19_cli.ipynb #cell-20
 class BenchKind(str, Enum):
     "What is measured."
@@ -163,12 +192,13 @@ def bench(
     kind: Annotated[BenchKind, typer.Argument(help="What to measure.")],
     out: Annotated[Path, typer.Option(help="JSON file.")],
     pairs: Annotated[int, typer.Option(help="Pairs that the annotator labels.")] = 192,
+    rows: Annotated[int, typer.Option(help="Rows of the log that is audited.")] = 10_000_000,
 ) -> None:
-    "Measure this machine: the annotator's pairs per second against one prompt at a time, and its memory."
+    "Measure this machine: annotator and audit, how fast and in how much memory."
     quiet_libraries()
     from mine_refine_nb.bench import bench_speed
 
-    print_table(bench_speed(out, pairs), "annotator, SmolLM2-135M-Instruct")
+    print_table(bench_speed(out, pairs, rows=rows), "speed and memory")
     OUT.print(f"written to {out}", soft_wrap=True)
 
 # %% ../nbs/api/19_cli.ipynb #cell-22

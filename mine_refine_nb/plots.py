@@ -6,7 +6,7 @@
 __all__ = ['GRADE_COLORS', 'GRADE_NAMES', 'GRADE_SYMBOLS', 'GRADE_DASHES', 'LINE_COLORS', 'INK', 'TEMPLATE', 'LightRenderer',
            'use_light_renderer', 'figure_text', 'plot_strata', 'plot_training', 'plot_grade_mix',
            'plot_judged_per_query', 'query_deltas', 'plot_query_deltas', 'plot_metrics', 'plot_map', 'plot_confusion',
-           'plot_reliability']
+           'plot_reliability', 'plot_places', 'plot_rates', 'plot_found']
 
 # %% ../nbs/api/15_plots.ipynb #cell-2
 import hashlib
@@ -431,3 +431,54 @@ def plot_reliability(
     figure.update_xaxes(title='stated confidence', tickformat='.0%', range=[.3, 1.02])
     figure.update_yaxes(title='share that was right', tickformat='.0%', range=[0, 1.05])
     return _dress(figure, 'Are the probabilities honest?', 'On the dotted line a label is right as often as it claims', 400)
+
+# %% ../nbs/api/15_plots.ipynb #712450fa
+def plot_places(
+    places: pl.DataFrame, # position, examined, impressions, clicks: as from `audit.examination`
+) -> go.Figure: # two lines
+    "Attention per place. Look at the gap: it is what the ranking, not the place, adds to the clicks at the top."
+    places = _need(places, ('position', 'examined', 'impressions', 'clicks'), 'plot_places')
+    rate = places['clicks'] / places['impressions']
+    figure = go.Figure([
+        go.Scatter(x=places['position'].to_list(), y=_short(places['examined']), name='looked at', mode='lines+markers'),
+        go.Scatter(x=places['position'].to_list(), y=_short(rate / rate[0]) if len(rate) else [], name='raw click rate',
+                   mode='lines+markers', line_dash='dot')])
+    figure.update_xaxes(title='place on the page', dtick=1 if len(places) <= 20 else None)
+    figure.update_yaxes(title='against the first place', tickformat='.0%', range=[0, 1.05])
+    return _dress(figure, 'How much each place is looked at', 'Estimated from products that were seen at several places')
+
+# %% ../nbs/api/15_plots.ipynb #b68b5261
+def plot_rates(
+    pairs: pl.DataFrame, # grade, clicks, looks, scale, score: as `audit.Audit.pairs`
+    least: float = 5, # looks below which a rate is noise
+    bins: int = 40,
+) -> go.Figure: # one histogram per grade, claims marked below
+    "Clicks per look and grade. Look at the marks: claims, drawn in the colour of the grade they have."
+    pairs = _need(pairs, ('grade', 'clicks', 'looks', 'scale', 'score'), 'plot_rates')
+    seen = pairs.with_columns(due=pl.col('looks') * pl.col('scale')).filter(pl.col('due') >= least)
+    rate = seen.with_columns(rate=((pl.col('clicks') + .5) / (pl.col('due') + 1)).clip(0, 1.2))
+    edges, figure = np.linspace(0, 1.2, bins + 1), go.Figure()
+    for grade in (0, 1, 2):
+        values = rate.filter(pl.col('grade') == grade)
+        share = np.histogram(values['rate'], edges)[0] / max(1, len(values))
+        figure.add_bar(x=_short((edges[1:] + edges[:-1]) / 2), y=_short(share), name=GRADE_NAMES[grade], opacity=.6,
+                       marker_color=GRADE_COLORS[grade], width=edges[1], legendgroup=str(grade))
+        claims = values.filter(pl.col('score') > 0).head(500)
+        figure.add_scatter(x=_short(claims['rate']), y=[-.012 * (1 + grade)] * len(claims), mode='markers', showlegend=False,
+                           marker=dict(color=GRADE_COLORS[grade], size=6, symbol='line-ns-open'), legendgroup=str(grade), hoverinfo='x')
+    figure.update_layout(barmode='overlay').update_xaxes(title='clicks per look')
+    figure.update_yaxes(title='share of the grade', tickformat='.0%')
+    return _dress(figure, 'What shoppers do with each grade', f'Judged pairs with {least:g} or more looks; marks below: judgments that are doubted')
+
+# %% ../nbs/api/15_plots.ipynb #d60064e3
+def plot_found(
+    contest: pl.DataFrame, # order, budget, recall: rows of `audit.found_at`, with the name of the order
+) -> go.Figure: # one line per order
+    "Mistakes found over judgments reviewed. Look at the left: that is as far as anybody's time goes."
+    contest = _need(contest, ('order', 'budget', 'recall'), 'plot_found')
+    colors = dict(zip(contest['order'].unique(maintain_order=True), itertools.cycle((*LINE_COLORS, INK, GRADE_COLORS[2]))))
+    figure = go.Figure([go.Scatter(x=_short(part['budget']), y=_short(part['recall']), name=figure_text(name), mode='lines+markers', line_color=colors[name])
+                        for (name,), part in contest.group_by('order', maintain_order=True)])
+    figure.update_xaxes(title='share of the judgments that are reviewed', tickformat='.0%')
+    figure.update_yaxes(title='share of the mistakes found', tickformat='.0%', rangemode='tozero')
+    return _dress(figure, 'Mistakes found by reviewing', 'Each line is one way to choose what is reviewed first')

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import ndcg_score, roc_auc_score
 
 from mine_refine_nb import market as mk
-from mine_refine_nb.data import normalise_query, product_text, query_groups
+from mine_refine_nb.data import load_data, normalise_query, product_text, query_groups
 
 bm25s = pytest.importorskip("bm25s")
 KANA_OR_KANJI = r"[\u3040-\u30ff\u4e00-\u9fff]"
@@ -74,6 +74,15 @@ def test_truth_equals_judged_grades(market):
     with pytest.raises(ValueError, match="product_id 'x'"): market.truth(None, ["x"])
 
 
+def test_grades_of_a_list_of_pairs(market):
+    pairs = market.data.judgments.sample(fraction=1, shuffle=True, seed=1)
+    assert (mk.true_grades(market, pairs) == pairs["grade"]).all()
+    other = pl.DataFrame(dict(query_id=market.intents["query_id"][[5, 0, 5]], product_id=market.products["product_id"][[9, 9, 1]]))
+    assert mk.true_grades(market, other).to_list() == market.truth()[[5, 0, 5], [9, 9, 1]].tolist()
+    assert mk.true_grades(market, other.head(0)).is_empty()
+    with pytest.raises(ValueError, match="query_id 'x'"): mk.true_grades(market, other.with_columns(query_id=pl.lit("x")))
+
+
 def test_truth_agrees_with_the_rule_on_names(market):
     truth = market.truth()
     for i, j in np.random.default_rng(0).integers(0, (240, 1500), (200, 2)):
@@ -136,6 +145,128 @@ def test_twenty_thousand_products_in_seconds():
     data = mk.simulate(20_000)
     assert time.perf_counter() - start < 20
     assert data.products.height == 20_000 and data.products["title"].is_unique().all()
+
+
+# prices, popularity, volume: drawn apart, so that the judged data of a seed stay what they were
+
+def test_judged_data_of_a_seed_stay():
+    assert mk.simulate(300, 30, seed=3).fingerprint == "9599352368ccdcb3"
+    assert mk.simulate(200, 20, locales=("ja",)).fingerprint == "b161626108a5b27c"
+
+
+def test_prices_follow_type_size_and_brand():
+    products = mk.price_products(mk.draw_products(30_000, mk.LOCALES, np.random.default_rng(0)), seed=0)
+    assert products["price"].dtype == pl.Float64 and products["price"].min() > .9 and products["price"].null_count() == 0
+    assert ((products["price"] + .01 - (products["price"] + .01).round()).abs() < 1e-9).all()
+    median = lambda *by: {key: value for *key, value in products.group_by(*by).agg(pl.col("price").median()).iter_rows()
+                          for key in [tuple(key)]}
+    of_type, of_size, of_brand = median("type"), median("type", "size"), median("type", "brand")
+    assert of_type["laptop",] > of_type["tablet",] > of_type["headphones",] > of_type["phone_case",]
+    for kind, sizes in mk.KINDS.items():
+        for t in mk.TYPES.values():
+            if t.size == kind and kind not in ("shoe", "wear"):
+                prices = [of_size[t.key, size] for size in sizes]
+                assert all(more > 1.1 * less for less, more in zip(prices, prices[1:])), (t.key, prices)
+    assert of_brand["phone", "Sonaro"] > 1.15 * of_brand["phone", "Voltix"] > 1.3 * of_brand["phone", "Kirameq"]
+    logs = products.filter(type="shampoo", size="400ml", brand="Florelle")["price"].log()
+    assert .1 < logs.std() < .35                                                     # two of one kind differ, within reason
+
+
+def test_popularity_is_heavy_tailed_and_says_nothing_about_grades(market):
+    popularity = mk.draw_popularity(100_000, np.random.default_rng(0))
+    assert popularity.mean() == pytest.approx(1, abs=.05) and popularity.min() > 0
+    assert .4 < popularity.top_k(10_000).sum() / popularity.sum() < .6
+    judged = market.data.judgments.join(market.products, on="product_id")
+    assert abs(judged.select(pl.corr("grade", pl.col("popularity").log())).item()) < .06
+
+
+def test_volume_is_zipf_and_short_queries_come_first(market):
+    for (locale,), part in market.intents.group_by("locale"):
+        volume = part["volume"].sort(descending=True)
+        assert volume.sum() == pytest.approx(1) and volume[0] / volume[9] == pytest.approx(10)
+    bands = market.intents.with_columns(mk.volume_band(market.intents), asks=pl.sum_horizontal(pl.col(mk.ATTRIBUTES[1:]).is_not_null()))
+    by = {band: group for (band,), group in bands.group_by("band")}
+    assert by["head"].height < by["torso"].height < by["tail"].height
+    assert by["head"]["asks"].mean() < by["torso"]["asks"].mean() < by["tail"]["asks"].mean() and by["tail"]["asks"].min() == 0
+    assert by["head"]["volume"].min() >= by["torso"]["volume"].max() >= by["torso"]["volume"].min() >= by["tail"]["volume"].max()
+    shares = bands.group_by("locale", "band").agg(pl.col("volume").sum())
+    assert (shares.filter(band="head")["volume"].is_between(1 / 3, .6)).all() and (shares.filter(band="tail")["volume"] <= 1 / 3).all()
+
+
+# typos
+
+def edits(a, b):
+    "Levenshtein distance."
+    row = range(len(b) + 1)
+    for i, x in enumerate(a, 1):
+        row = [last := i] + [last := min(above + 1, last + 1, corner + (x != y)) for corner, above, y in zip(row, row[1:], b)]
+    return row[-1]
+
+
+@pytest.mark.parametrize("locale", mk.LOCALES)
+def test_typos_change_the_text_and_never_empty_it(locale, market):
+    rng = np.random.default_rng(0)
+    for text in [*market.intents.filter(locale=locale)["query"], "a", "靴", "ー", "卓", "é", " x ", "10"]:
+        for made in (mk.mistype(text, locale, rng) for _ in range(10)):
+            assert made.strip() and made != text
+            if locale == "en": assert edits(text, made) <= 2 or text == " x ", (text, made)
+    assert mk.mistype("", locale, rng) == ""
+
+
+def test_typos_are_those_of_the_language():
+    made = lambda text, locale: {mk.mistype(text, locale, np.random.default_rng(s)) for s in range(400)}
+    english, spanish, japanese = made("gel pens", "en"), made("té limón", "es"), made("コーヒー 携帯 ショップ", "ja")
+    assert {"gle pens", "gel pes", "gel penss", "gelpens", "grl pens"} <= english
+    assert "te limon" in spanish and sum("te limon" == mk.mistype("té limón", "es", np.random.default_rng(s)) for s in range(400)) > 120
+    assert {"コヒー 携帯 ショップ", "コーヒー 形態 ショップ", "こーひー 携帯 ショップ", "コーヒー 携帯 シヨップ", "コーヒー携帯 ショップ"} <= japanese
+    assert not any(c in "".join(japanese) for c in "abcdefghijklmnopqrstuvwxyz")
+    assert mk.mistype("gel pens", "en", np.random.default_rng(5)) == mk.mistype("gel pens", "en", np.random.default_rng(5))
+    with pytest.raises(ValueError, match="locales"): mk.mistype("pomme", "fr", np.random.default_rng(0))
+
+
+# any size
+
+def test_written_market_is_the_built_one(tmp_path):
+    written, built = mk.write_market(tmp_path / "shop", 1000, 48, seed=6), mk.build_market(1000, 48, seed=6)
+    assert load_data(tmp_path / "shop").fingerprint == built.data.fingerprint == written.data.fingerprint
+    assert written.products.equals(built.products) and written.intents.equals(built.intents)
+    assert written.data.products.equals(built.data.products)
+    assert sorted(p.name for p in (tmp_path / "shop").iterdir()) == ["judgments.parquet", "products.parquet"]
+
+
+def test_parts_of_any_size_give_the_same_titles():
+    products = mk.draw_products(2000, mk.LOCALES, np.random.default_rng(0))
+    whole = mk.write_products(products, np.random.default_rng(1))
+    for rows in (1, 333, 2000): assert pl.concat(mk.write_parts(products, np.random.default_rng(1), rows)).equals(whole)
+    assert whole["title"].is_unique().all()
+
+
+def test_large_shop_is_judged_within_a_window(tmp_path, monkeypatch):
+    small = mk.build_market(900, 48, seed=1)
+    monkeypatch.setattr(mk, "WINDOW", 300)
+    assert mk.build_market(900, 48, seed=1).data.fingerprint == small.data.fingerprint      # 300 of each locale: no change
+    built, written = mk.build_market(3000, 48, seed=1), mk.write_market(tmp_path / "shop", 3000, 48, seed=1)
+    assert built.products.height == 3000 and dict(written.products["locale"].value_counts().iter_rows()) == dict(en=300, es=300, ja=300)
+    assert load_data(tmp_path / "shop").fingerprint == built.data.fingerprint
+    assert built.data.judgments.join(written.products, on="product_id", how="anti").is_empty()
+    assert written.products.equals(built.products.join(written.products, on="product_id", how="semi", maintain_order="left"))
+    assert (mk.true_grades(written, written.data.judgments) == written.data.judgments["grade"]).all()
+
+
+def test_nothing_half_written(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"): mk.write_market(tmp_path / "full", 300, 48)
+    with pytest.raises(ValueError, match="answer only"): mk.write_market(tmp_path / "new", 30, 300)
+    with pytest.raises(ValueError, match="more products"): mk.build_market(1, 48)
+    assert [p.name for p in tmp_path.iterdir()] == ["full"] and (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_hundred_thousand_products_on_disk_in_seconds(tmp_path):
+    start = time.perf_counter()
+    mk.write_market(tmp_path / "shop", 100_000, 60)
+    assert time.perf_counter() - start < 20
+    assert pl.scan_parquet(tmp_path / "shop" / "products.parquet").select(pl.col("title").n_unique()).collect().item() == 100_000
 
 
 def words(text, locale):

@@ -1,0 +1,150 @@
+"""JupyterLab for real: a notebook in a browser, the review card judged by keys and by button, the file on disk."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import polars as pl
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = "review"
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+         "--disable-component-update --disable-sync").split()
+SETUP = """
+import os
+from pathlib import Path
+import polars as pl
+from mine_refine_nb.widgets import review
+with open("kernels.txt", "a") as file: file.write(f"{os.getpid()}\\n")
+queue = pl.DataFrame({"query_id": ["q1", "q1", "q2", "q2", "q3", "q3"], "product_id": list("abcdef"), "grade": [0, 2, 1, 0, 2, 1],
+    "query": ["wireless mouse"] * 2 + ["cafetera italiana"] * 2 + ["水筒 500ml"] * 2, "suggested": [2, 0, 2, 1, 0, 2],
+    "title": ["Silent mouse <img src=x onerror='window.broken = true'>", "Mouse pad", "Cafetera moka", "Filtros", "マグボトル", "ボトル"]})
+"""
+SHOW = "review(queue, 'reviews', 'ana')"
+
+
+def start_lab(folder: Path) -> tuple[subprocess.Popen, dict]:
+    "JupyterLab on a free port of this machine, with everything it writes in `folder`."
+    places = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    env = os.environ | places | {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT), "JUPYTER_NO_CONFIG": "", "OMP_NUM_THREADS": "1"}
+    (folder / "work").mkdir()
+    settings = folder / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True, exist_ok=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')    # else it asks, on top of the page
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", "--ServerApp.ip=127.0.0.1",
+               "--ServerApp.port=0", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={folder / 'work'}",
+               "--LabApp.extension_manager=readonly", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(folder / "lab.log", "wb") as log:
+        lab = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+    return lab, wait_for_lab(lab, folder)
+
+
+def wait_for_lab(lab: subprocess.Popen, folder: Path) -> dict:
+    "What the server says of itself (url, port) once it answers."
+    until = time.monotonic() + 60
+    while time.monotonic() < until and lab.poll() is None:
+        for file in (folder / "runtime").glob("jpserver-*.json"):
+            try:
+                server = json.loads(file.read_text())
+                urllib.request.urlopen(f"{server['url']}api?token={TOKEN}", timeout=5).close()
+                return server
+            except (OSError, ValueError):
+                pass
+        time.sleep(.2)
+    lab.kill()
+    lab.wait()
+    pytest.fail("JupyterLab did not start:\n" + (folder / "lab.log").read_text(errors="replace")[-2000:], pytrace=False)
+
+
+@pytest.fixture
+def browser():
+    "A headless Chromium: the machine's own, or the one that playwright installed."
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    with playwright.sync_playwright() as p:
+        if not path and not Path(p.chromium.executable_path).exists():
+            pytest.skip("no Chromium on this machine: `make browser` installs one")
+        found = p.chromium.launch(executable_path=path, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def lab(browser, tmp_path):
+    "A running JupyterLab: its url and its folder of notebooks. The server ends its kernels when it is told to stop."
+    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
+    process, server = start_lab(tmp_path)
+    yield server["url"], tmp_path / "work"
+    process.terminate()
+    try:
+        process.wait(20)
+    finally:
+        process.kill()
+        shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def run_notebook(browser, url: str, name: str):
+    "Open a notebook, run all its cells, and wait for the review card."
+    page = browser.new_page(viewport={"width": 1100, "height": 1000})
+    page.goto(f"{url}lab/tree/{name}?token={TOKEN}&reset", wait_until="load")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=60_000)
+    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_selector(".mr-review .mr-query", timeout=60_000)
+    return page
+
+
+def act(page, does, shows: str):
+    "Do something to the card, then wait until it shows a text."
+    does()
+    page.wait_for_function("text => document.querySelector('.mr-review').innerText.includes(text)", arg=shows, timeout=15_000)
+
+
+def decided(file: Path) -> list[tuple]:
+    "What a review file says: product, grade, note."
+    return pl.read_parquet(file).select("product_id", "grade", "why").rows()
+
+
+@pytest.mark.timeout(180)
+def test_a_queue_is_judged_in_jupyterlab(browser, lab):
+    url, work = lab
+    cells = [nbformat.v4.new_code_cell(source) for source in (SETUP, SHOW)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), work / "review.ipynb")
+    page, file = run_notebook(browser, url, "review.ipynb"), work / "reviews" / "ana.parquet"
+    key = lambda name: lambda: page.keyboard.press(name)  # noqa: E731
+
+    page.locator(".mr-review .mr-query").click()
+    act(page, key("2"), "1 of 6")
+    act(page, key("0"), "2 of 6")
+    act(page, key("s"), "1 skipped")
+    act(page, key("u"), "0 skipped")
+    assert decided(file) == [("a", 2, None), ("b", 0, None)]
+
+    act(page, key("0"), "3 of 6")    # with the next key: `0 0`, which restarts the kernel outside the card
+    act(page, key("0"), "4 of 6")
+    page.keyboard.press("b")    # no key of the card: JupyterLab would add a cell below
+    page.locator(".mr-review input").click()
+    page.keyboard.type("size 0 us, 2 left")
+    page.keyboard.press("Enter")
+    act(page, page.locator(".mr-review button[data-key='1']").click, "5 of 6")
+    act(page, key("1"), "Done, thank you")
+    grades = [("a", 2, None), ("b", 0, None), ("c", 0, None), ("d", 0, None), ("e", 1, "size 0 us, 2 left"), ("f", 1, None)]
+    assert decided(file) == grades
+
+    assert page.locator(".jp-Dialog").count() == 0 and page.locator(".jp-Notebook .jp-CodeCell").count() == 2, "a key reached JupyterLab"
+    assert not page.evaluate("window.broken"), "a product's title ran as a script"
+    page.close()
+
+    page = run_notebook(browser, url, "review.ipynb")    # the next morning
+    assert "Done, thank you" in page.locator(".mr-review").inner_text()
+    act(page, page.locator(".mr-review button[data-key='u']").click, "5 of 6")
+    assert decided(file) == grades[:-1]
+    assert len(set((work / "kernels.txt").read_text().split())) == 1, "the kernel was restarted"
