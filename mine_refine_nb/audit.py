@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WRONG_COUNTS', 'BELIEF', 'BELIEF_PAIRS', 'NAMES', 'BEHAVIOUR', 'QUEUE', 'open_log', 'check_log', 'plain',
-           'judged_log', 'place_bins', 'examination', 'examined_bins', 'looks_of', 'Habits', 'fit_rate', 'fit_share',
+           'judged_log', 'place_bins', 'examined_bins', 'examination', 'looks_of', 'Habits', 'fit_rate', 'fit_share',
            'fit_habits', 'log_evidence', 'clickiness', 'fit_confusion', 'votes_of', 'Evidence', 'Fit', 'scale_looks',
-           'vote_evidence', 'fit_truth', 'rank_pairs', 'sentence', 'with_evidence', 'Audit', 'claims_per', 'audit_html',
-           'gather_evidence', 'audit_notes', 'audit', 'report_audit', 'found_at', 'third_voice', 'Escalation',
-           'escalate', 'check_corrections', 'correct']
+           'vote_evidence', 'fit_truth', 'rank_pairs', 'sentence', 'with_evidence', 'Audit', 'claims_per', 'audit_text',
+           'audit_html', 'gather_evidence', 'audit_notes', 'audit', 'report_audit', 'found_at', 'third_voice',
+           'Escalation', 'escalate', 'check_corrections', 'correct']
 
 # %% ../nbs/api/04_audit.ipynb #cell-3
 import html
@@ -24,7 +24,7 @@ from scipy.stats import betabinom, nbinom
 from .data import CORRECTION_COLUMNS, COUNTS, DataError, Note, RelevanceData
 from .judging import PROBABILITIES, Annotator, annotate
 
-# %% ../nbs/api/04_audit.ipynb #cell-6
+# %% ../nbs/api/04_audit.ipynb #cell-7
 def open_log(
     log: str | Path | pl.DataFrame | pl.LazyFrame,  # .parquet, .csv, or a frame: query, product_id, COUNTS; if known position, locale
 ) -> pl.LazyFrame:  # with `position` and `locale`, null where unknown
@@ -39,7 +39,7 @@ def open_log(
     blank = {"position": pl.lit(None, pl.Int64), "locale": pl.lit(None, pl.String)}
     return log.with_columns(**{name: value for name, value in blank.items() if name not in names})
 
-# %% ../nbs/api/04_audit.ipynb #cell-8
+# %% ../nbs/api/04_audit.ipynb #cell-9
 WRONG_COUNTS = {
     "a count is missing": pl.any_horizontal(pl.col(COUNTS).is_null()),
     "a count is negative": pl.any_horizontal(pl.col(COUNTS) < 0),
@@ -48,7 +48,7 @@ WRONG_COUNTS = {
     "purchases exceed impressions": pl.col("purchases") > pl.col("impressions"),
     "position is below 1": pl.col("position") < 1}
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-11
 def check_log(
     log: pl.LazyFrame,  # as from `open_log`
     products: pl.DataFrame,  # the catalogue
@@ -63,8 +63,10 @@ def check_log(
     if len(strange): raise DataError(f"{len(strange)} products of the engagement are not in the catalogue (first: {strange.min()!r}). "
                                      "Ids are compared as text, so '007' is not '7'; add the products, or leave their rows out")
 
-# %% ../nbs/api/04_audit.ipynb #cell-11
-def plain(column: str) -> pl.Expr: return pl.col(column).str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
+# %% ../nbs/api/04_audit.ipynb #cell-14
+def plain(column: str) -> pl.Expr:
+    "Lower case, single spaces."
+    return pl.col(column).str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
 
 
 def judged_log(
@@ -82,7 +84,7 @@ def judged_log(
             .group_by("query_id", "product_id", "position").agg(pl.col(COUNTS).cast(pl.Int64).sum())
             .sort("query_id", "product_id", "position").collect(engine="streaming"))
 
-# %% ../nbs/api/04_audit.ipynb #cell-17
+# %% ../nbs/api/04_audit.ipynb #cell-20
 def place_bins(
     clicks: np.ndarray,  # per place, from the top
     least: int,  # clicks that a value of its own needs
@@ -96,7 +98,18 @@ def place_bins(
     short = held + clicks[-1] < least and bins[-1] > 0
     return np.array([min(b, bins[-1] - 1) for b in bins] if short else bins)
 
-# %% ../nbs/api/04_audit.ipynb #cell-20
+# %% ../nbs/api/04_audit.ipynb #cell-23
+def examined_bins(pair: np.ndarray, place: np.ndarray, impressions: np.ndarray, clicks: np.ndarray, rounds: int) -> np.ndarray:
+    "The fit itself; all arguments are per row of the log, the answer is per bin of places."
+    size = place.max() + 1
+    of_pair, of_place, looks = np.bincount(pair, clicks), np.bincount(place, clicks, size), np.ones(size)
+    for _ in range(rounds):
+        appeal = of_pair / np.bincount(pair, impressions * looks[place])
+        looks = of_place / np.bincount(place, impressions * appeal[pair], size)
+        looks /= looks[0]
+    return looks
+
+# %% ../nbs/api/04_audit.ipynb #cell-25
 def examination(
     log: pl.DataFrame,  # as from `judged_log`
     least: int = 200,  # clicks that a place needs for a value of its own
@@ -115,18 +128,7 @@ def examination(
     looks = examined_bins(codes, bin_of, moved["impressions"].to_numpy(), moved["clicks"].to_numpy(), rounds)
     return places.select("position", pl.Series("examined", looks[bins]), "impressions", "clicks")
 
-
-def examined_bins(pair: np.ndarray, place: np.ndarray, impressions: np.ndarray, clicks: np.ndarray, rounds: int) -> np.ndarray:
-    "The fit itself; all arguments are per row of the log, the answer is per bin of places."
-    size = place.max() + 1
-    of_pair, of_place, looks = np.bincount(pair, clicks), np.bincount(place, clicks, size), np.ones(size)
-    for _ in range(rounds):
-        appeal = of_pair / np.bincount(pair, impressions * looks[place])
-        looks = of_place / np.bincount(place, impressions * appeal[pair], size)
-        looks /= looks[0]
-    return looks
-
-# %% ../nbs/api/04_audit.ipynb #cell-25
+# %% ../nbs/api/04_audit.ipynb #cell-30
 def looks_of(
     log: pl.DataFrame,  # as from `judged_log`
     examined: pl.DataFrame,  # as from `examination`
@@ -136,7 +138,7 @@ def looks_of(
     return (weighed.group_by("query_id", "product_id", maintain_order=True)
             .agg(pl.col(COUNTS).sum(), looks=(pl.col("impressions") * pl.col("examined")).sum()))
 
-# %% ../nbs/api/04_audit.ipynb #cell-28
+# %% ../nbs/api/04_audit.ipynb #cell-33
 @dataclass(frozen=True)
 class Habits:
     "What shoppers do with products of one grade; each distribution as its mean and how alike the products are."
@@ -147,7 +149,7 @@ class Habits:
     purchase: float  # purchases per add-to-cart, mean
     purchase_weight: float
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-35
 def fit_rate(counts: np.ndarray, looks: np.ndarray, weight: np.ndarray, rounds: int = 4) -> tuple[float, float]:
     "Mean and shape of gamma-distributed rates behind Poisson counts, by weighted moments."
     mean, shape = max((weight * counts).sum() / max((weight * looks).sum(), 1e-9), 1e-9), 1.0
@@ -160,7 +162,7 @@ def fit_rate(counts: np.ndarray, looks: np.ndarray, weight: np.ndarray, rounds: 
         shape = float(np.clip(1 / max(spread, 1e-12), 0.3, 100))
     return float(mean), shape
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-37
 def fit_share(part: np.ndarray, whole: np.ndarray, weight: np.ndarray, rounds: int = 4) -> tuple[float, float]:
     "Mean and a + b of beta-distributed shares behind binomial counts, by weighted moments."
     alike = 0.1
@@ -172,7 +174,7 @@ def fit_share(part: np.ndarray, whole: np.ndarray, weight: np.ndarray, rounds: i
         alike = float(np.clip(beyond, 1e-3, 0.5))
     return float(mean), 1 / alike - 1
 
-# %% ../nbs/api/04_audit.ipynb #cell-31
+# %% ../nbs/api/04_audit.ipynb #cell-40
 def fit_habits(
     counts: np.ndarray,  # [pairs, 3]: clicks, add-to-carts, purchases
     looks: np.ndarray,  # [pairs]
@@ -182,7 +184,7 @@ def fit_habits(
     clicks, carts, purchases = counts.T
     return Habits(*fit_rate(clicks, looks, weight), *fit_share(carts, clicks, weight), *fit_share(purchases, carts, weight))
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-42
 def log_evidence(
     habits: Habits,
     counts: np.ndarray,  # [pairs, 3]
@@ -196,7 +198,7 @@ def log_evidence(
         found = found + betabinom.logpmf(part, whole, mean * weight, (1 - mean) * weight)
     return found
 
-# %% ../nbs/api/04_audit.ipynb #cell-34
+# %% ../nbs/api/04_audit.ipynb #cell-45
 def clickiness(
     group: np.ndarray,  # int [pairs]: the product, or the query
     clicks: np.ndarray,  # [pairs]
@@ -208,7 +210,7 @@ def clickiness(
     due = np.bincount(group, expected)[group] - expected
     return (others + calm) / (due + calm)
 
-# %% ../nbs/api/04_audit.ipynb #cell-37
+# %% ../nbs/api/04_audit.ipynb #cell-48
 BELIEF = np.array([[0.876, 0.112, 0.012], [0.062, 0.876, 0.062], [0.012, 0.112, 0.876]])  # [true, said]
 BELIEF_PAIRS = 50.0  # how many pairs per true grade the belief is worth
 
@@ -223,7 +225,7 @@ def fit_confusion(
     for grade in range(3): np.add.at(counts, (rater, grade, said), truth[:, grade])
     return counts / counts.sum(axis=2, keepdims=True)
 
-# %% ../nbs/api/04_audit.ipynb #cell-40
+# %% ../nbs/api/04_audit.ipynb #cell-51
 def votes_of(
     data: RelevanceData,
 ) -> pl.DataFrame:  # pair (row of data.judgments), rater, grade
@@ -240,7 +242,7 @@ def votes_of(
     rest = single.filter(pl.col("rater").is_not_null())
     return pl.concat([several.select("pair", pl.col("rater").fill_null("unnamed"), grade="voted"), rest.select("pair", "rater", "grade")])
 
-# %% ../nbs/api/04_audit.ipynb #cell-42
+# %% ../nbs/api/04_audit.ipynb #cell-53
 @dataclass
 class Evidence:
     "Everything that speaks about the judged pairs, as arrays."
@@ -253,7 +255,7 @@ class Evidence:
     said: np.ndarray  # int [votes]
     annotator: np.ndarray | None = None  # [pairs, 3] probabilities, NaN where it was not asked
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-55
 @dataclass
 class Fit:
     "What the evidence comes to."
@@ -263,7 +265,7 @@ class Fit:
     scale: np.ndarray  # [pairs], of the looks
     shoppers: np.ndarray  # [pairs, 3], evidence of behaviour alone for each grade, in nats
 
-# %% ../nbs/api/04_audit.ipynb #cell-43
+# %% ../nbs/api/04_audit.ipynb #cell-56
 def scale_looks(
     evidence: Evidence,
     truth: np.ndarray,  # [pairs, 3]
@@ -278,7 +280,7 @@ def scale_looks(
         scale = product * clickiness(evidence.query, clicks, expected * product)
     return scale
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-58
 def vote_evidence(
     evidence: Evidence,
     confusion: np.ndarray,  # [raters, true, said]
@@ -288,7 +290,7 @@ def vote_evidence(
     np.add.at(total, evidence.pair, np.log(confusion[evidence.rater, :, evidence.said]))
     return total
 
-# %% ../nbs/api/04_audit.ipynb #cell-44
+# %% ../nbs/api/04_audit.ipynb #cell-59
 def fit_truth(
     evidence: Evidence,
     rounds: int = 50,  # of expectation and maximisation, at most
@@ -308,7 +310,7 @@ def fit_truth(
         if abs(truth - before).mean() < still: break
     return Fit(truth, habits, confusion, scale, shoppers)
 
-# %% ../nbs/api/04_audit.ipynb #cell-46
+# %% ../nbs/api/04_audit.ipynb #cell-61
 def rank_pairs(
     pairs: pl.DataFrame,  # grade, p0, p1, p2
 ) -> pl.DataFrame:  # with suggested, gap, direction, score, off; worst first
@@ -324,7 +326,7 @@ def rank_pairs(
         direction=pl.Series(np.where(best < grade, "too high", "too low"), dtype=pl.String), score=pl.Series(score),
         off=pl.Series((p * abs(np.arange(3) - grade[:, None])).sum(axis=1))).sort("off", descending=True, maintain_order=True)
 
-# %% ../nbs/api/04_audit.ipynb #cell-49
+# %% ../nbs/api/04_audit.ipynb #cell-64
 NAMES = ("irrelevant", "moderately relevant", "relevant")
 
 
@@ -338,7 +340,7 @@ def sentence(row: Mapping) -> str:
                                f"{row['suggested_carts']:.0f} if {NAMES[row['suggested']]})")
     return f"{text}; {row['purchases']} purchases." if row["add_to_carts"] else f"{text}."
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-66
 def with_evidence(
     ranked: pl.DataFrame,  # as from `rank_pairs`, with COUNTS, looks, scale
     habits: Sequence[Habits],  # per grade
@@ -352,7 +354,7 @@ def with_evidence(
                                  for name, column in (("usual", "grade"), ("suggested", "suggested"))})
     return ranked.with_columns(evidence=pl.Series([sentence(row) for row in due.iter_rows(named=True)], dtype=pl.String))
 
-# %% ../nbs/api/04_audit.ipynb #cell-51
+# %% ../nbs/api/04_audit.ipynb #cell-68
 @dataclass(frozen=True, eq=False)
 class Audit:
     "What behaviour says about judgments."
@@ -367,6 +369,8 @@ class Audit:
 
     def per(self, column: str) -> pl.DataFrame: return claims_per(self, column)
 
+    def __repr__(self) -> str: return audit_text(self)
+
     def _repr_html_(self) -> str: return audit_html(self)
 
 
@@ -374,7 +378,7 @@ BEHAVIOUR = ("e0", "e1", "e2")  # evidence of behaviour alone for each grade, in
 QUEUE = ("query_id", "query", "product_id", "title", "category", "brand", "locale", "grade", "suggested", "gap", "direction",
          "score", "off", *PROBABILITIES, "evidence")
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-70
 def claims_per(
     audit: Audit,
     column: str,  # locale, top (of the category path), grade or direction
@@ -386,18 +390,23 @@ def claims_per(
     return (said.group_by(column).agg(pairs=pl.len(), claims=doubt.sum(), off_by_two=(doubt & (pl.col("gap") == 2)).sum())
             .with_columns(share=pl.col("claims") / pl.col("pairs")).sort("share", descending=True))
 
-# %% ../nbs/api/04_audit.ipynb #cell-52
-def audit_html(audit: Audit) -> str:
-    "An audit in a few lines, with the head of its queue."
+# %% ../nbs/api/04_audit.ipynb #cell-71
+def audit_text(audit: Audit) -> str:
+    "An audit in a sentence."
     queue, seen = audit.queue, (audit.pairs["impressions"] > 0).mean()
-    head = (f"<p><b>{queue.height}</b> of {audit.pairs.height} judgments do not fit what people did, "
-            f"{(queue['gap'] == 2).sum()} of them by two grades; {seen:.0%} of the judged pairs were ever shown.</p>")
+    return (f"{queue.height:,} of {audit.pairs.height:,} judgments do not fit what people did, "
+            f"{(queue['gap'] == 2).sum()} of them by two grades; {seen:.0%} of the judged pairs were ever shown.")
+
+
+def audit_html(audit: Audit) -> str:
+    "The sentence, and the head of the queue."
+    queue, head = audit.queue, f"<p>{audit_text(audit)}</p>"
     rows = "".join(f"<tr><td>{html.escape(row['query'])}</td><td>{html.escape(row['title'])}</td><td>{row['grade']} &rarr; {row['suggested']}</td>"
                    f"<td>{html.escape(row['evidence'])}</td></tr>" for row in queue.head(5).iter_rows(named=True))
     notes = "".join(f"<li>{html.escape(f'{note.count} {note.what}: {note.why}')}</li>" for note in audit.notes)
     return f"{head}<table><tr><th>query</th><th>product</th><th>grade</th><th>evidence</th></tr>{rows}</table><ul>{notes}</ul>"
 
-# %% ../nbs/api/04_audit.ipynb #cell-54
+# %% ../nbs/api/04_audit.ipynb #cell-73
 def gather_evidence(
     data: RelevanceData,
     looked: pl.DataFrame,  # as from `looks_of`
@@ -419,7 +428,7 @@ def gather_evidence(
     return Evidence(funnel.to_numpy().astype(float), counts["looks"].to_numpy(), codes["query_id"], codes["product_id"],
                     votes["pair"].to_numpy(), rater, votes["grade"].to_numpy().astype(int), probabilities), counts, raters
 
-# %% ../nbs/api/04_audit.ipynb #cell-55
+# %% ../nbs/api/04_audit.ipynb #cell-74
 def audit_notes(
     counts: pl.DataFrame,  # COUNTS per judged pair
     places: pl.DataFrame,  # as from `examination`
@@ -433,7 +442,7 @@ def audit_notes(
     if bought: notes.append(Note("pairs have more add-to-carts than clicks", bought, "each click is counted as one cart at most"))
     return tuple(notes)
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-76
 def audit(
     data: RelevanceData,
     log: str | Path | pl.DataFrame | pl.LazyFrame | None = None,  # see `open_log`; None: data.engagement
@@ -452,7 +461,7 @@ def audit(
     evidence, counts, raters = gather_evidence(data, looks_of(folded, places), labels)
     return report_audit(data, fit_truth(evidence, rounds), counts, places, raters)
 
-# %% ../nbs/api/04_audit.ipynb #cell-56
+# %% ../nbs/api/04_audit.ipynb #cell-77
 def report_audit(data: RelevanceData, fit: Fit, counts: pl.DataFrame, places: pl.DataFrame, raters: list[str]) -> Audit:
     "Frames for people, from a fit."
     told = data.judgments.join(data.products.select("product_id", "title", "category", "brand"), on="product_id", how="left", maintain_order="left")
@@ -463,7 +472,7 @@ def report_audit(data: RelevanceData, fit: Fit, counts: pl.DataFrame, places: pl
                               for name, table in zip(raters, fit.confusion) for grade, (a, b, c) in enumerate(table.tolist())])
     return Audit(with_evidence(rank_pairs(told), fit.habits), places, habits, confusion, audit_notes(counts, places))
 
-# %% ../nbs/api/04_audit.ipynb #cell-67
+# %% ../nbs/api/04_audit.ipynb #cell-88
 def found_at(
     ranked: pl.DataFrame,  # grade and true, worst first
     budgets: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2),  # shares of the judgments
@@ -477,7 +486,7 @@ def found_at(
                          recall_by_two=two[:n].sum() / max(two.sum(), 1)))
     return pl.DataFrame(rows)
 
-# %% ../nbs/api/04_audit.ipynb #cell-81
+# %% ../nbs/api/04_audit.ipynb #cell-102
 def third_voice(
     audited: Audit,
     labels: pl.DataFrame,  # query_id, product_id, grade of an annotator; null where it did not judge
@@ -491,7 +500,7 @@ def third_voice(
     return (told.group_by("grade", "label").agg(pairs=pl.len(), people=(for_people > least).mean(), annotator=(for_people < -least).mean(),
                                                 nobody=(for_people.abs() <= least).mean()).sort("grade", "label"))
 
-# %% ../nbs/api/04_audit.ipynb #cell-84
+# %% ../nbs/api/04_audit.ipynb #cell-105
 @dataclass(frozen=True, eq=False)
 class Escalation:
     "What became of the pairs that a stronger annotator looked at."
@@ -499,7 +508,7 @@ class Escalation:
     confirmed: pl.DataFrame  # queue rows whose grade stands
     people: pl.DataFrame  # queue rows that are left to people, in the order of the queue
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-107
 def escalate(
     queue: pl.DataFrame,  # as `Audit.queue`, worst first, cut to what the annotator may cost
     annotator: Annotator,  # stronger than who judged before
@@ -520,7 +529,7 @@ def escalate(
         told.filter(sure & (pl.col("label") == pl.col("grade"))).select(queue.columns),
         told.filter(~sure | ((pl.col("label") != pl.col("grade")) & ~same_way)).select(queue.columns))
 
-# %% ../nbs/api/04_audit.ipynb #cell-89
+# %% ../nbs/api/04_audit.ipynb #cell-112
 def check_corrections(
     data: RelevanceData,
     corrections: pl.DataFrame,  # CORRECTION_COLUMNS
@@ -543,7 +552,7 @@ def check_corrections(
                         f"the correction knows {row['old_grade']}. Audit this version of the data again")
     return corrections
 
-
+# %% ../nbs/api/04_audit.ipynb #cell-114
 def correct(
     data: RelevanceData,
     corrections: pl.DataFrame,  # CORRECTION_COLUMNS

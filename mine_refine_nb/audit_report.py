@@ -66,13 +66,13 @@ def audit_tiles(
             dict(what="doubted", value=f"{queue.height:,}", note=f"{queue.height / max(1, pairs.height):.1%} of the judgments"),
             dict(what="by two grades", value=f"{two:,}", note="look at these first")]
 
-
+# %% ../nbs/api/15b_audit_report.ipynb #cell-10
 def claim_tables(audit: Audit) -> dict[str, pl.DataFrame]:
     "Claims per direction, grade, locale and category."
     names = {"direction": "Direction", "grade": "Grade as judged", "locale": "Locale", "top": "Category"}
     return {title: audit.per(column).with_columns(pl.col("share").round(3)) for column, title in names.items()}
 
-# %% ../nbs/api/15b_audit_report.ipynb #cell-11
+# %% ../nbs/api/15b_audit_report.ipynb #cell-13
 def write_audit_report(
     path: str | Path,  # where the page goes
     audit: Audit,

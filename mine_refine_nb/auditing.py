@@ -54,7 +54,7 @@ def needed_confidence(
     if chosen is None: raise DataError(f"{folder}: this annotator was not good enough on validation to change anybody's grade; train another, or leave it out")
     return chosen
 
-
+# %% ../nbs/api/17b_auditing.ipynb #cell-10
 def ask_stronger(
     data: RelevanceData,
     found: Audit,
@@ -67,7 +67,7 @@ def ask_stronger(
     pairs, backbone = pairs_of(data, queue.drop("grade")), getattr(annotator, "similarity_of", "")
     return escalate(queue, annotator, encoded_pairs(pairs, load_backbone(backbone)) if backbone else pairs, confidence, store)
 
-# %% ../nbs/api/17b_auditing.ipynb #cell-10
+# %% ../nbs/api/17b_auditing.ipynb #cell-12
 def audit_files(
     source: str | Path,  # a data folder, or `market`
     out: str | Path,  # folder of the files
@@ -92,7 +92,7 @@ def audit_files(
     write_json(out / "audit.json", numbers)
     return numbers
 
-# %% ../nbs/api/17b_auditing.ipynb #cell-13
+# %% ../nbs/api/17b_auditing.ipynb #cell-15
 def read_corrections(
     path: str | Path,  # corrections.parquet of an audit, or a folder of the review widget
 ) -> pl.DataFrame:  # query_id, product_id, grade, old_grade, by, why
@@ -102,7 +102,7 @@ def read_corrections(
     if not path.is_file(): raise DataError(f"{path} does not exist: name corrections.parquet of an audit, or the folder of the review widget")
     return pl.read_parquet(path)
 
-
+# %% ../nbs/api/17b_auditing.ipynb #cell-17
 def correct_folder(
     source: str | Path,  # a data folder
     corrections: str | Path,  # see `read_corrections`

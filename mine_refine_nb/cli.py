@@ -185,6 +185,7 @@ class BenchKind(str, Enum):
     "What is measured."
 
     speed = "speed"
+    audit = "audit"
 
 
 @app.command()
@@ -193,12 +194,14 @@ def bench(
     out: Annotated[Path, typer.Option(help="JSON file.")],
     pairs: Annotated[int, typer.Option(help="Pairs that the annotator labels.")] = 192,
     rows: Annotated[int, typer.Option(help="Rows of the log that is audited.")] = 10_000_000,
+    seeds: Annotated[int, typer.Option(help="For audit: simulated markets, seeds 0, 1, ...")] = 1,
 ) -> None:
-    "Measure this machine: annotator and audit, how fast and in how much memory."
+    "Measure: speed (annotator and audit, how fast and in how much memory), audit (what it finds, and what its corrections do for training)."
     quiet_libraries()
-    from mine_refine_nb.bench import bench_speed
+    from mine_refine_nb.bench import bench_audit, bench_speed
 
-    print_table(bench_speed(out, pairs, rows=rows), "speed and memory")
+    if kind is BenchKind.audit: print_table(bench_audit(out, range(seeds)), "mistakes found by review, medians over the markets")
+    else: print_table(bench_speed(out, pairs, rows=rows), "speed and memory")
     OUT.print(f"written to {out}", soft_wrap=True)
 
 # %% ../nbs/api/19_cli.ipynb #cell-22

@@ -1,5 +1,6 @@
 """What the tests share: the --slow flag, a quiet and offline environment, the tree's paths."""
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+         "--disable-component-update --disable-sync").split()
 sys.path.insert(0, str(ROOT / "tools"))
 os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -26,6 +29,20 @@ def pytest_collection_modifyitems(config, items):
 def root() -> Path:
     "The top of the tree."
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "A headless Chromium: the machine's own, or the one that playwright installed."
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    with playwright.sync_playwright() as p:
+        if not path and not Path(p.chromium.executable_path).exists():
+            pytest.skip("no Chromium on this machine: `make browser` installs one")
+        found = p.chromium.launch(executable_path=path, args=FLAGS)
+        yield found
+        found.close()
 
 
 class ByFile(LoadScopeScheduling):

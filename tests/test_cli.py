@@ -1,5 +1,6 @@
 """`mine-refine` as a user meets it: a whole run, what it leaves behind, and what it says to mistakes."""
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -11,7 +12,10 @@ import polars as pl
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from mine_refine_nb.cli import main
+from mine_refine_nb.data import load_data, query_ids
 from mine_refine_nb.pipeline import HEADLINE, Request, open_run, run_mining
+from mine_refine_nb.widgets import open_review
 
 COMMAND = Path(sys.executable).with_name("mine-refine")
 ESCI = Path(__file__).resolve().parents[2] / "shared" / "data" / "esci"
@@ -152,13 +156,65 @@ def test_search_answers_with_scores_and_verdicts(folder):
 
 
 def test_simulate_then_evaluate(tmp_path):
-    made = call("simulate", tmp_path / "market", "--products", 200, "--queries", 48, "--locales", "en,es").stdout
-    assert "200 products" in made
+    made = call("simulate", tmp_path / "market", "--products", 200, "--queries", 48, "--locales", "en,es", "--sessions", 500).stdout
+    told = dict(line.split() for line in made.splitlines() if ".parquet" in line)
+    files = {file.name: str(pl.read_parquet(file).height) for file in (tmp_path / "market").iterdir()}
+    assert told == files and files["products.parquet"] == "200" and {"judgments.parquet", "engagement.parquet", "truth.parquet"} <= set(files)
+    judged, truth = (pl.read_parquet(tmp_path / "market" / f"{name}.parquet") for name in ("judgments", "truth"))
+    ids = judged.with_columns(query_ids(judged))
+    assert ids.join(truth, on=["query_id", "product_id", "grade"]).height == ids.height    # nobody errs unless asked to
     assert "not empty" in call("simulate", tmp_path / "market", code=2).stderr
     call("evaluate", "all-MiniLM-L6-v2", tmp_path / "market", "--json", tmp_path / "numbers.json")
     assert "no split 'tset'" in call("evaluate", "all-MiniLM-L6-v2", tmp_path / "market", "--split", "tset", code=2).stderr
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert set(HEADLINE) <= set(numbers) and set(numbers["per_locale"]) == {"en", "es"}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    "A simulated shop with one fallible rater per pair and a log."
+    folder = tmp_path_factory.mktemp("shops") / "shop"
+    call("simulate", folder, "--products", 450, "--queries", 60, "--raters", 1, "--sessions", 15_000, "--seed", 3)
+    return folder
+
+
+def wrong_grades(folder) -> int:
+    "How many grades of a data folder are not the truth."
+    data, truth = load_data(folder), pl.read_parquet(folder.parent / "shop" / "truth.parquet").select("query_id", "product_id", true="grade")
+    both = data.judgments.join(truth, on=["query_id", "product_id"])
+    assert both.height == data.judgments.height
+    return (both["grade"] != both["true"]).sum()
+
+
+def test_audit_review_and_correct(shop, tmp_path):
+    "As a shop would: audit, look at the worst claims, correct, and audit again."
+    out, fixed = tmp_path / "audit", shop.parent / "fixed"
+    told = call("audit", shop, "--out", out).stdout
+    numbers, queue = json.loads((out / "audit.json").read_text()), pl.read_parquet(out / "queue.parquet")
+    for name in ("judgments", "doubted", "by two grades"): assert re.search(rf"{name} +{numbers[name]} *\n", told), told
+    assert str(out / "audit.html") in told.replace("\n", "") and (out / "audit.html").exists() and queue.height == numbers["doubted"] > 15
+    truth, review = pl.read_parquet(shop / "truth.parquet"), open_review(queue.head(12), tmp_path / "review", "eve")
+    while (row := review.current) is not None: review.grade(truth.filter(query_id=row["query_id"], product_id=row["product_id"])["grade"].item())
+    said = call("correct", shop, tmp_path / "review", "--out", fixed).stdout
+    changed = review.progress["changed"]
+    assert changed > 6 and f"{changed} grades corrected" in said and wrong_grades(fixed) == wrong_grades(shop) - changed
+    call("audit", fixed, "--out", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "audit.json").read_text())["doubted"] < numbers["doubted"]
+    assert "not fit" in call("correct", fixed, tmp_path / "review", "--out", tmp_path / "twice", code=2).stderr and not (tmp_path / "twice").exists()
+
+
+def test_logs_that_cannot_be_audited_are_explained_in_one_line(shop, tmp_path, monkeypatch, capsys):
+    log = pl.read_parquet(shop / "engagement.parquet")
+    bad, bare, out = tmp_path / "bad.csv", tmp_path / "bare", tmp_path / "out"
+    log.with_columns(clicks=pl.when(pl.int_range(pl.len()) == 6).then(pl.col("impressions") + 1).otherwise("clicks")).write_csv(bad)
+    bare.mkdir()
+    for name in ("products", "judgments"): shutil.copy(shop / f"{name}.parquet", bare)
+    for arguments, says in [((bare,), "has no engagement file"), ((shop, "--engagement", tmp_path / "nowhere.csv"), "nowhere.csv is no file"),
+                            ((shop, "--engagement", bad), "row 7: clicks exceed impressions")]:
+        monkeypatch.setattr(sys, "argv", ["mine-refine", "audit", *map(str, arguments), "--out", str(out)])
+        with pytest.raises(SystemExit) as ended: main()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: ") and says in said and said.count("\n") == 1 and not out.exists()
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -168,6 +224,10 @@ def test_simulate_then_evaluate(tmp_path):
     (["annotate", "nowhere.csv", "--model", "x", "--out", "y.csv"], "nowhere.csv is no file"),
     (["evaluate", "all-MiniLM-L6-v2", "nowhere"], "nowhere"),
     (["simulate", "x", "--locales", "en,fr"], "fr"),
+    (["simulate", "x", "--raters", "99"], "from 1 to the 7 raters"),
+    (["simulate", "x", "--sessions", "-1"], "sessions is -1"),
+    (["audit", "nowhere", "--out", "x"], "nowhere is not a folder"),
+    (["correct", "nowhere", "corrections.parquet", "--out", "x"], "nowhere is not a folder"),
 ])
 def test_mistakes_end_in_one_line(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

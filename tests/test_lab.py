@@ -15,8 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "review"
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync").split()
 SETUP = """
 import os
 from pathlib import Path
@@ -61,20 +59,6 @@ def wait_for_lab(lab: subprocess.Popen, folder: Path) -> dict:
     lab.kill()
     lab.wait()
     pytest.fail("JupyterLab did not start:\n" + (folder / "lab.log").read_text(errors="replace")[-2000:], pytrace=False)
-
-
-@pytest.fixture
-def browser():
-    "A headless Chromium: the machine's own, or the one that playwright installed."
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = next(filter(None, map(shutil.which, names)), None)
-    with playwright.sync_playwright() as p:
-        if not path and not Path(p.chromium.executable_path).exists():
-            pytest.skip("no Chromium on this machine: `make browser` installs one")
-        found = p.chromium.launch(executable_path=path, args=FLAGS)
-        yield found
-        found.close()
 
 
 @pytest.fixture

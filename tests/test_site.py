@@ -1,5 +1,4 @@
 """The documentation site: links lead somewhere, nothing is fetched from elsewhere, figures draw, a phone can read it."""
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,8 +13,6 @@ import build_site
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "_quarto.yml", ROOT / "tools" / "build_site.py", ROOT / "nbs" / "styles.css", *(ROOT / "nbs").rglob("*.ipynb")]
-FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync").split()
 
 # The elements of the text that reach beyond the window and stand in no box that scrolls by itself.
 OUTSIDE = """() => [...document.querySelectorAll('main *')].filter(e => {
@@ -47,20 +44,6 @@ def address(site):
     Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    "A headless Chromium: the machine's own, or the one that playwright installed."
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = next(filter(None, map(shutil.which, names)), None)
-    with playwright.sync_playwright() as p:
-        if not path and not Path(p.chromium.executable_path).exists():
-            pytest.skip("no Chromium on this machine: `make browser` installs one")
-        found = p.chromium.launch(executable_path=path, args=FLAGS)
-        yield found
-        found.close()
 
 
 def pages(site: Path) -> list[Path]:
