@@ -34,7 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .data import DataError
 from .grades import Grade, Guideline, guideline_from_dict
-from .judging import (ABOUT, Calibration, Prompt, calibration_from_dict, check_pairs, fit_calibration,
+from .judging import (ABOUT, Calibration, Prompt, calibration_from_dict, check_pairs, check_place, fit_calibration,
                                     judged_rows, language_of, read_about, similarity_deciles)
 from .machine import fast_dtype, give_back_memory, write_json, write_whole
 
@@ -345,9 +345,10 @@ def annotator_name(
     prompt: Prompt,
     recipe: AnnotatorRecipe,
     train: pl.DataFrame,
+    validation: pl.DataFrame,
 ) -> str:    # such as 'SmolLM2-135M-Instruct tuned 1f0c9a2e'
-    "A name that changes with whatever changes the weights."
-    content = json.dumps([str(base), prompt.fingerprint, asdict(recipe), train.select("query", "title", "grade").rows()])
+    "A name that changes with whatever changes the weights or the calibration."
+    content = json.dumps([str(base), prompt.fingerprint, asdict(recipe), *(side.select("query", "title", "grade").rows() for side in (train, validation))])
     return f"{Path(base).name} tuned {hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 # %% ../nbs/api/03_annotator.ipynb #cell-47
@@ -364,10 +365,11 @@ def train_annotator(
 ) -> LocalAnnotator:
     "Fine-tune a language model on human grades, calibrate it, save it."
     check_graded(train, validation)
+    check_place(folder)
     train, validation = check_pairs(train), check_pairs(validation)
     if "similarity" in train.columns: prompt = replace(prompt, deciles=similarity_deciles(train["similarity"]))
     torch.manual_seed(recipe.seed)
-    annotator = LocalAnnotator(*load_llm(base), prompt, annotator_name(base, prompt, recipe, train),
+    annotator = LocalAnnotator(*load_llm(base), prompt, annotator_name(base, prompt, recipe, train, validation),
                                base=str(base), similarity_of=similarity_of)
     annotator.model = trainable(annotator.model, recipe)
     checkpoints = Path(folder).with_name(f"{Path(folder).name}.training")
@@ -394,9 +396,10 @@ def fit(annotator: LocalAnnotator, train: pl.DataFrame, validation: pl.DataFrame
 # %% ../nbs/api/03_annotator.ipynb #cell-49
 def save_annotator(
     annotator: LocalAnnotator,
-    folder: str | Path,
+    folder: str | Path,    # new, empty, or one that holds an annotator, which is replaced
 ) -> Path:
     "Write an annotator's folder, whole or not at all."
+    check_place(folder)
     about = {"kind": "llm", "name": annotator.name, "base": annotator.base, "batch": annotator.batch,
              "similarity_of": annotator.similarity_of, "prompt": asdict(annotator.prompt), "calibration": asdict(annotator.calibration)}
 

@@ -87,7 +87,7 @@ def write_audit_report(
     rounded = pl.selectors.float().round(3)
     page = environment().from_string(AUDIT_PAGE).render(
         name=name, plotlyjs=Markup(get_plotlyjs()), tiles=audit_tiles(audit), notes=[f"{n.count:,} {n.what}: {n.why}." for n in audit.notes],
-        outcome=plain(outcome), queue=audit.queue.head(rows).to_dicts(), more=max(0, audit.queue.height - rows),
+        outcome=None if outcome is None else plain(outcome), queue=audit.queue.head(rows).to_dicts(), more=max(0, audit.queue.height - rows),
         where={title: plain(table) for title, table in claim_tables(audit).items()},
         figures=dict(rates=embed(plot_rates(audit.pairs), "rates"), places=embed(plot_places(audit.places), "places") if audit.places.height else None),
         habits=plain(audit.habits.with_columns(rounded)), confusion=plain(audit.confusion.with_columns(rounded)),

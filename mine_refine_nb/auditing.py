@@ -17,7 +17,7 @@ from .audit import Audit, Escalation, audit, correct, escalate
 from .audit_report import write_audit_report
 from .data import DataError, RelevanceData, load_data
 from .encoder import load_backbone
-from .judging import pairs_of
+from .judging import pairs_of, read_about
 from .machine import write_json, write_whole
 from .market import build_market
 from .shoppers import observe
@@ -48,6 +48,7 @@ def needed_confidence(
     folder: str | Path,  # of a saved annotator
 ) -> float:
     "The confidence that an annotator's labels need, from its `quality.json`."
+    read_about(folder)    # says no to a folder without an annotator
     file = Path(folder) / "quality.json"
     if not file.exists(): return DEFAULT_CONFIDENCE
     chosen = json.loads(file.read_text(encoding="utf-8"))["confidence"]
@@ -83,7 +84,9 @@ def audit_files(
     second = ask_stronger(data, found, annotator, most, out / "labels.db") if annotator else None
     write_whole(out / "queue.parquet", found.queue.write_parquet)
     write_whole(out / "pairs.parquet", found.pairs.write_parquet)
-    for part in ("corrections", "people") if second else (): write_whole(out / f"{part}.parquet", getattr(second, part).write_parquet)
+    for part in ("corrections", "people"):
+        if second: write_whole(out / f"{part}.parquet", getattr(second, part).write_parquet)
+        else: (out / f"{part}.parquet").unlink(missing_ok=True)    # of an earlier audit
     write_audit_report(out / "audit.html", found, data.name, second)
     queue, seen = found.queue, (found.pairs["impressions"] > 0).sum()
     numbers = {"data": data.name, "judgments": found.pairs.height, "ever shown": seen, "doubted": queue.height, "by two grades": (queue["gap"] == 2).sum(),
@@ -94,13 +97,17 @@ def audit_files(
 
 # %% ../nbs/api/17b_auditing.ipynb #cell-15
 def read_corrections(
-    path: str | Path,  # corrections.parquet of an audit, or a folder of the review widget
+    path: str | Path,  # corrections.parquet of an audit, a .csv like it, or a folder of the review widget
 ) -> pl.DataFrame:  # query_id, product_id, grade, old_grade, by, why
     "Corrections, from either place."
     path = Path(path)
     if path.is_dir(): return to_corrections(decisions_of(path))
     if not path.is_file(): raise DataError(f"{path} does not exist: name corrections.parquet of an audit, or the folder of the review widget")
-    return pl.read_parquet(path)
+    try:
+        if path.suffix == ".csv": return pl.read_csv(path, infer_schema=False)
+        return pl.read_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{path} cannot be read as corrections ({error}): name a .parquet or .csv file of them") from error
 
 # %% ../nbs/api/17b_auditing.ipynb #cell-17
 def correct_folder(

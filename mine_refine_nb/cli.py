@@ -178,7 +178,7 @@ def correct(
     from mine_refine_nb.auditing import correct_folder
 
     made = correct_folder(data, corrections, out)
-    OUT.print(f"{made.corrections.height} grades corrected; written to {out}", soft_wrap=True)
+    OUT.print(f"written to {out}: {made.corrections.height if made.corrections is not None else 0} of its grades are corrected ones", soft_wrap=True)
 
 # %% ../nbs/api/19_cli.ipynb #cell-20
 class BenchKind(str, Enum):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CrossRecipe', 'cross_texts', 'frame_pairs', 'build_cross', 'cross_probabilities', 'cross_dataset', 'LengthBatches',
            'cross_arguments', 'CrossTrainer', 'cross_trainer', 'CrossAnnotator', 'judge_cross', 'cross_calibration',
-           'cross_name', 'check_place', 'save_cross', 'load_cross', 'checkpoint_folder', 'train_cross']
+           'cross_name', 'save_cross', 'load_cross', 'checkpoint_folder', 'train_cross']
 
 # %% ../nbs/api/07a_cross_encoder.ipynb #cell-2
 import hashlib
@@ -36,7 +36,7 @@ from .annotator import StepBar, Sweeper
 from .data import DataError, product_text
 from .encoder import DEFAULT_BACKBONE, load_backbone
 from .grades import DEFAULT_GUIDELINE, Grade, Guideline, guideline_from_dict
-from .judging import (ABOUT, PROBABILITIES, Calibration, as_data, calibration_from_dict, check_pairs,
+from .judging import (ABOUT, PROBABILITIES, Calibration, as_data, calibration_from_dict, check_pairs, check_place,
                                     fit_calibration, judged_rows, read_about, unjudgeable)
 from .machine import fast_dtype, write_json, write_whole
 
@@ -231,12 +231,6 @@ def cross_name(
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return f"cross-{Path(backbone).name}-{digest.hexdigest()[:8]}"
-
-# %% ../nbs/api/07a_cross_encoder.ipynb #cell-45
-def check_place(folder: Path) -> None:
-    "Refuse to replace what is no annotator."
-    if folder.exists() and not (folder.is_dir() and ((folder / ABOUT).exists() or not any(folder.iterdir()))):
-        raise DataError(f"{folder} exists and is no annotator; choose another folder")
 
 # %% ../nbs/api/07a_cross_encoder.ipynb #cell-47
 def save_cross(

@@ -9,8 +9,8 @@ __all__ = ['PAIR', 'HINTS', 'MARKS', 'CONTROL', 'LANGUAGES', 'ANSWER', 'PROBABIL
            'pair_keys', 'LabelStore', 'open_labels', 'add_labels', 'read_rows', 'known_labels', 'all_labels',
            'side_by_side', 'unjudgeable', 'annotate', 'Calibration', 'calibrate', 'fit_calibration', 'reliability',
            'calibration_error', 'confidence_table', 'choose_confidence', 'read_about', 'calibration_from_dict',
-           'agreement', 'quality_rows', 'Quality', 'confusion_of', 'quality', 'majority_labels', 'cosine_labels',
-           'human_ceiling']
+           'check_place', 'agreement', 'quality_rows', 'Quality', 'confusion_of', 'quality', 'majority_labels',
+           'cosine_labels', 'human_ceiling']
 
 # %% ../nbs/api/02a_judging.ipynb #cell-2
 import hashlib
@@ -452,6 +452,15 @@ def calibration_from_dict(
 ) -> Calibration:
     "The inverse of `asdict(calibration)`."
     return Calibration(**content | {"curves": tuple(tuple(map(tuple, curve)) for curve in content["curves"])})
+
+# %% ../nbs/api/02a_judging.ipynb #3bb1e307
+def check_place(
+    folder: str | Path,    # where an annotator is to be saved
+) -> None:
+    "Refuse to replace what is no annotator."
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and ((folder / ABOUT).exists() or not any(folder.iterdir()))):
+        raise DataError(f"{folder} exists and is no annotator; choose another folder")
 
 # %% ../nbs/api/02a_judging.ipynb #cell-68
 def agreement(

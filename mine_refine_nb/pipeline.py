@@ -24,7 +24,7 @@ import polars as pl
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
-from .annotating import annotator_quality, check_hints, fit_annotator, mined_negatives, open_annotator
+from .annotating import annotator_quality, fit_annotator, mined_negatives, open_annotator
 from .annotator import PACKAGED_LLM, AnnotatorRecipe, LocalAnnotator, load_llm
 from .cross_encoder import CrossRecipe
 from .data import RelevanceData, candidates, load_data, product_text
@@ -80,11 +80,17 @@ ANNOTATORS = {"cross": "a cross-encoder trained on the run's human grades", "llm
               "none": "nobody: mined pairs without a human grade are dropped", "zero": "nobody: they are taken for irrelevant"}
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-14
-def check_annotator(name: str) -> None:
-    "Raise ValueError unless this is the folder of a saved annotator."
+def check_annotator(
+    name: str,
+    backbone: str,  # of the run
+) -> None:
+    "Raise ValueError unless this is the folder of a saved annotator that goes with the backbone."
     if not Path(name).is_dir():
         raise ValueError(f"no annotator {name!r}: choose one of {', '.join(ANNOTATORS)}, or the folder of a saved annotator")
-    read_about(name)
+    about = read_about(name)
+    wants = about.get("similarity_of") or backbone
+    if wants != backbone:
+        raise ValueError(f"{about['name']} was trained with the similarity of {wants}, not of {backbone}: give --backbone {wants}")
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-15
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Request:
 
     def __post_init__(self):
         if self.annotator not in ANNOTATORS:
-            check_annotator(self.annotator)
+            check_annotator(self.annotator, self.backbone)
         if self.preset not in PRESETS:
             raise ValueError(f"no preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
         check_backbone(self.backbone)
@@ -295,7 +301,6 @@ def run_annotator(run: Run) -> None:
                                   resume=run.resume, progress=run.progress)
     else:
         annotator = open_annotator(who)
-        check_hints(annotator, run.request.backbone)
     found = annotator_quality([annotator], run.data, hints, ("stage 1", stage1), run.folder / "labels.db", run.request.seed, run.progress)
     write_json(run.folder / "annotator.json", found | {"mined negatives": mined_negatives(run.data, stage1)})
 

@@ -449,12 +449,12 @@ def plot_places(
 
 # %% ../nbs/api/15_plots.ipynb #b68b5261
 def plot_rates(
-    pairs: pl.DataFrame, # grade, clicks, looks, scale, score: as `audit.Audit.pairs`
+    pairs: pl.DataFrame, # grade, clicks, looks, scale, claim: as `audit.Audit.pairs`
     least: float = 5, # looks below which a rate is noise
     bins: int = 40,
 ) -> go.Figure: # one histogram per grade, claims marked below
     "Clicks per look and grade. Look at the marks: claims, drawn in the colour of the grade they have."
-    pairs = _need(pairs, ('grade', 'clicks', 'looks', 'scale', 'score'), 'plot_rates')
+    pairs = _need(pairs, ('grade', 'clicks', 'looks', 'scale', 'claim'), 'plot_rates')
     seen = pairs.with_columns(due=pl.col('looks') * pl.col('scale')).filter(pl.col('due') >= least)
     rate = seen.with_columns(rate=((pl.col('clicks') + .5) / (pl.col('due') + 1)).clip(0, 1.2))
     edges, figure = np.linspace(0, 1.2, bins + 1), go.Figure()
@@ -463,7 +463,7 @@ def plot_rates(
         share = np.histogram(values['rate'], edges)[0] / max(1, len(values))
         figure.add_bar(x=_short((edges[1:] + edges[:-1]) / 2), y=_short(share), name=GRADE_NAMES[grade], opacity=.6,
                        marker_color=GRADE_COLORS[grade], width=edges[1], legendgroup=str(grade))
-        claims = values.filter(pl.col('score') > 0).head(500)
+        claims = values.filter('claim').head(500)
         figure.add_scatter(x=_short(claims['rate']), y=[-.012 * (1 + grade)] * len(claims), mode='markers', showlegend=False,
                            marker=dict(color=GRADE_COLORS[grade], size=6, symbol='line-ns-open'), legendgroup=str(grade), hoverinfo='x')
     figure.update_layout(barmode='overlay').update_xaxes(title='clicks per look')

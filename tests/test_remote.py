@@ -755,3 +755,32 @@ def test_transformers_serve(smol):
         assert "Server is pinned to" in labels["reason"][0]
         with pytest.raises(ValueError, match="has no such path"):
             annotate(RemoteAnnotator(str(smol), url.replace("/v1", "/v0")), MOUSE.head(1))
+
+
+# -- from a shell -----------------------------------------------------------------------------------------------------
+
+def shell(*arguments, **environment) -> subprocess.CompletedProcess:
+    command = Path(sys.executable).with_name("mine-refine")
+    return subprocess.run([command, "annotate", *map(str, arguments)], capture_output=True, text=True, timeout=200, env=os.environ | environment)
+
+
+def test_the_shell_asks_an_endpoint_once(serve, tmp_path):
+    server, out = serve(ok), tmp_path / "labels.csv"
+    pl.DataFrame({"query": ["mouse", "mouse", "cafetera"], "title": ["Wireless mouse", "Mouse pad", "Cafetera moka"]}).write_csv(tmp_path / "pairs.csv")
+    asked = (tmp_path / "pairs.csv", "--model", "judge", "--endpoint", server.url, "--out", out)
+    done = shell(*asked)
+    assert done.returncode == 0, done.stderr
+    assert KEY not in done.stdout + done.stderr and {f"Bearer {KEY}"} == set(server.keys)
+    labels = pl.read_csv(out)
+    assert labels["grade"].to_list() == [2, 2, 2] and labels["title"][1] == "Mouse pad"
+    assert len(server.seen) == 3 and shell(*asked).returncode == 0 and len(server.seen) == 3
+
+
+def test_the_shell_says_what_is_wrong_with_an_endpoint(serve, tmp_path):
+    server = serve(ok)
+    pl.DataFrame({"query": ["mouse"], "title": ["Wireless mouse"]}).write_csv(tmp_path / "pairs.csv")
+    asked = (tmp_path / "pairs.csv", "--model", "judge", "--endpoint", server.url, "--out", tmp_path / "labels.csv")
+    nameless = shell(*asked, OPENAI_API_KEY="")
+    assert nameless.returncode == 2 and "OPENAI_API_KEY" in nameless.stderr and "Traceback" not in nameless.stderr
+    wrong = shell(*asked, "--price", "cheap")
+    assert wrong.returncode == 2 and "--price" in wrong.stderr and not server.seen
