@@ -231,7 +231,7 @@ def clickiness(
 
 # %% ../nbs/api/04_audit.ipynb #cell-52
 BELIEF = np.array([[0.876, 0.112, 0.012], [0.062, 0.876, 0.062], [0.012, 0.112, 0.876]])  # [true, said]
-BELIEF_PAIRS = 50.0  # how many pairs per true grade the belief is worth
+BELIEF_PAIRS = 200.0  # how many pairs per true grade the belief is worth
 
 
 def fit_confusion(
