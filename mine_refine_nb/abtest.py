@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'SHOWN', 'METRICS', 'SRM_ALPHA', 'FEW', 'with_names', 'check_columns', 'check_arms', 'discounted',
-           'ndcg_shown', 'read_rows', 'sessions_of', 'draw_log', 'units_of', 'log_ratio', 'arm_ratios', 'lift_of',
-           'bootstrap_lift', 'cuped', 'ratio_mismatch', 'corrected', 'Readout', 'percent', 'readout_html',
-           'warnings_of', 'metric_row', 'read_test', 'units_needed', 'smallest_lift', 'with_arms', 'plan', 'sequential',
-           'watch', 'simulated_log', 'simulated_test']
+           'ndcg_shown', 'read_rows', 'sessions_of', 'draw_log', 'units_of', 'metrics_of', 'per_arm', 'log_ratio',
+           'arm_ratios', 'lift_of', 'bootstrap_lift', 'cuped', 'ratio_mismatch', 'corrected', 'Readout', 'percent',
+           'readout_html', 'fewest_events', 'warnings_of', 'metric_row', 'known_only', 'read_test', 'units_needed',
+           'smallest_lift', 'with_arms', 'plan', 'sequential', 'watch', 'simulated_log', 'simulated_test']
 
 # %% ../nbs/api/14_abtest.ipynb #cell-2
 import html
@@ -29,7 +29,7 @@ from .shoppers import Behaviour, shop
 NEEDED = ("arm", "session", "add_to_carts", "orders", "value")
 SHOWN = ("query_id", "product_id", "position", "grade")
 
-
+# %% ../nbs/api/14_abtest.ipynb #cell-7
 def with_names(
     log: pl.DataFrame,    # as logged
 ) -> pl.DataFrame:        # the same rows with NEEDED
@@ -45,7 +45,7 @@ def with_names(
     if log.is_empty(): raise DataError("A/B log: there is no row")
     return log.with_columns(pl.col(*{"session", "user"} & set(log.columns)).cast(pl.String))
 
-# %% ../nbs/api/14_abtest.ipynb #cell-8
+# %% ../nbs/api/14_abtest.ipynb #cell-10
 def check_columns(
     log: pl.DataFrame,    # with NEEDED
 ) -> pl.DataFrame:        # the same, numbers as Float64
@@ -66,7 +66,7 @@ def check_columns(
         log = log.with_columns(number.alias(name))
     return log
 
-# %% ../nbs/api/14_abtest.ipynb #cell-10
+# %% ../nbs/api/14_abtest.ipynb #cell-12
 def check_arms(
     log: pl.DataFrame,          # with arm, session and perhaps user, before
     arms: tuple[str, str],      # the names of A and B
@@ -86,7 +86,7 @@ def check_arms(
         if len(twice): raise DataError(f"A/B log: {key} {twice[key][0]!r} {what} ({len(twice)} such {key}s)")
     return log.with_columns(names.cast(pl.Enum(arms)).alias("arm"))
 
-# %% ../nbs/api/14_abtest.ipynb #cell-13
+# %% ../nbs/api/14_abtest.ipynb #cell-15
 def discounted(
     rows: pl.DataFrame,     # grade and the columns of `order` and `by`
     order: str,             # column that ranks, lowest first
@@ -97,9 +97,9 @@ def discounted(
     rank = pl.col(order).rank("ordinal").over(by)
     gain = (2 ** pl.col("grade") - 1) / (rank + 1).log(2)
     first = rows.select(*by, gain=gain, rank=rank).filter(pl.col("rank") <= cutoff)
-    return first.group_by(by).agg(dcg=pl.col("gain").sum())
+    return first.group_by(by, maintain_order=True).agg(dcg=pl.col("gain").sum())
 
-# %% ../nbs/api/14_abtest.ipynb #cell-15
+# %% ../nbs/api/14_abtest.ipynb #cell-17
 def ndcg_shown(
     log: pl.DataFrame,                       # session and SHOWN, checked
     grades: pl.DataFrame | None = None,      # query_id, product_id, grade: more products that could have been shown
@@ -111,22 +111,23 @@ def ndcg_shown(
         raise DataError("A/B log: a session shows two products of one query at the same position")
     known = [rows.select("query_id", "product_id", "grade")]
     if grades is not None: known.append(grades.select("query_id", "product_id", pl.col("grade").cast(pl.Float64)))
-    pool = pl.concat(known).filter(pl.col("grade") >= 0).unique()
+    pool = pl.concat(known).filter(pl.col("grade") >= 0).unique(maintain_order=True)
     if pool.select("query_id", "product_id").is_duplicated().any():
         raise DataError("A/B log: a product has two grades for the same query_id")
     ideal = discounted(pool.with_columns(worst=-pl.col("grade")), "worst", ["query_id"], cutoff)
     ideal = ideal.rename(dict(dcg="ideal"))
-    shown = discounted(rows, "position", ["session", "query_id"], cutoff).join(ideal, on="query_id")
+    shown = discounted(rows, "position", ["session", "query_id"], cutoff)
+    shown = shown.join(ideal, on="query_id", maintain_order="left")
     share = pl.when(pl.col("ideal") > 0).then(pl.col("dcg") / pl.col("ideal"))
-    return shown.group_by("session").agg(ndcg=share.mean())
+    return shown.group_by("session", maintain_order=True).agg(ndcg=share.mean())
 
-# %% ../nbs/api/14_abtest.ipynb #cell-19
+# %% ../nbs/api/14_abtest.ipynb #cell-21
 def read_rows(log: pl.DataFrame | str | Path) -> pl.DataFrame:
     "The rows of a .csv or .parquet file; a frame as it is."
     if isinstance(log, pl.DataFrame): return log
     return (pl.read_parquet if str(log).endswith(".parquet") else pl.read_csv)(log)
 
-
+# %% ../nbs/api/14_abtest.ipynb #cell-23
 def sessions_of(
     log: pl.DataFrame | str | Path,           # rows, or a .csv or .parquet file
     arms: tuple[str, str] = ("A", "B"),       # the arm to beat, and the new one
@@ -137,12 +138,12 @@ def sessions_of(
     first = [pl.col(name).first() for name in ("user", "before", "day") if name in log.columns]
     ndcg = [pl.col("ndcg").mean()] if "ndcg" in log.columns else []
     sums = pl.col("add_to_carts", "orders", "value").sum()
-    sessions = log.group_by("arm", "session").agg(*first, sums, *ndcg)
+    sessions = log.group_by("arm", "session", maintain_order=True).agg(*first, sums, *ndcg)
     if "grade" in log.columns:
         sessions = sessions.join(ndcg_shown(log, grades), on="session", how="left")
     return sessions.sort("arm", "session")
 
-# %% ../nbs/api/14_abtest.ipynb #cell-21
+# %% ../nbs/api/14_abtest.ipynb #cell-25
 def draw_log(
     users: int,
     lift: float = 0.0,    # of B over A in ATCR, CVR and GOV
@@ -162,11 +163,11 @@ def draw_log(
                              day=1 + rng.integers(0, days, len(who)), add_to_carts=cart.astype(int),
                              orders=order.astype(int), value=value.round(2), before=before[who].round(2)))
 
-# %% ../nbs/api/14_abtest.ipynb #cell-24
+# %% ../nbs/api/14_abtest.ipynb #cell-28
 METRICS = {"NDCG@10": ("ndcg", "graded"), "ATCR": ("carted", "sessions"), "CVR": ("bought", "sessions"),
            "GOV": ("value", "sessions")}    # metric: numerator, denominator
 
-
+# %% ../nbs/api/14_abtest.ipynb #cell-30
 def units_of(
     sessions: pl.DataFrame,    # from sessions_of
 ) -> pl.DataFrame:             # arm, unit, sessions, carted, bought, value, and if known ndcg, graded and before
@@ -176,9 +177,19 @@ def units_of(
                 value=pl.col("value").sum())
     if "ndcg" in sessions.columns: sums |= dict(ndcg=pl.col("ndcg").sum(), graded=pl.col("ndcg").count())
     if "before" in sessions.columns: sums["before"] = pl.col("before").first()
-    return sessions.group_by("arm", pl.col(unit).alias("unit")).agg(**sums).sort("arm", "unit")
+    return sessions.group_by("arm", pl.col(unit).alias("unit"), maintain_order=True).agg(**sums).sort("arm", "unit")
 
-# %% ../nbs/api/14_abtest.ipynb #cell-27
+# %% ../nbs/api/14_abtest.ipynb #cell-32
+def metrics_of(units: pl.DataFrame) -> list[str]:
+    "The metrics that a log can tell."
+    return [name for name, columns in METRICS.items() if set(columns) <= set(units.columns)]
+
+
+def per_arm(units: pl.DataFrame) -> list[int]:
+    "How many units A and B have."
+    return [(units["arm"] == arm).sum() for arm in units["arm"].dtype.categories]
+
+# %% ../nbs/api/14_abtest.ipynb #cell-35
 def log_ratio(
     n: np.ndarray,       # units
     y: np.ndarray,       # mean numerator
@@ -192,18 +203,19 @@ def log_ratio(
         ratio = y / x
         return np.log(ratio), np.maximum(yy - 2 * ratio * xy + ratio ** 2 * xx, 0) / ((n - 1) * y ** 2)
 
-
+# %% ../nbs/api/14_abtest.ipynb #cell-37
 def arm_ratios(
     units: pl.DataFrame,    # from units_of
     metric: str,            # of METRICS
 ) -> tuple[np.ndarray, np.ndarray]:    # log ratio and variance, both [A, B]
     "One metric in both arms."
-    y, x = (pl.col(name) for name in METRICS[metric])
-    means = units.group_by("arm").agg(pl.len(), y.mean().alias("y"), x.mean().alias("x"), (y * y).mean().alias("yy"),
-                                      (x * y).mean().alias("xy"), (x * x).mean().alias("xx")).sort("arm")
-    return log_ratio(*means.drop("arm").cast(pl.Float64).to_numpy().T)
+    moments = []
+    for arm in units["arm"].dtype.categories:
+        y, x = units.filter(pl.col("arm") == arm).select(METRICS[metric]).cast(pl.Float64).to_numpy().T
+        moments.append([len(y), *(part.mean() for part in (y, x, y * y, x * y, x * x))])
+    return log_ratio(*np.array(moments).T)
 
-# %% ../nbs/api/14_abtest.ipynb #cell-29
+# %% ../nbs/api/14_abtest.ipynb #cell-39
 def lift_of(
     logs: np.ndarray,         # [A, B, ...] log ratios
     variances: np.ndarray,    # [A, B, ...] of these
@@ -216,7 +228,7 @@ def lift_of(
         return dict(lift=np.expm1(gap), low=np.expm1(gap - reach), high=np.expm1(gap + reach),
                     p=2 * norm.sf(abs(gap) / error))
 
-# %% ../nbs/api/14_abtest.ipynb #cell-34
+# %% ../nbs/api/14_abtest.ipynb #cell-44
 def bootstrap_lift(
     units: pl.DataFrame,    # from units_of
     metric: str,            # of METRICS
@@ -233,7 +245,7 @@ def bootstrap_lift(
                       confidence_level=level, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
     return float(found.low), float(found.high)
 
-# %% ../nbs/api/14_abtest.ipynb #cell-37
+# %% ../nbs/api/14_abtest.ipynb #cell-47
 def cuped(
     units: pl.DataFrame,    # from units_of, with before
     metric: str,            # of METRICS
@@ -248,10 +260,10 @@ def cuped(
     slope = (inside["past"] * inside["rest"]).sum() / spread if spread else 0.0
     return units.with_columns((pl.col(name) - slope * facts["past"]).alias(name))
 
-# %% ../nbs/api/14_abtest.ipynb #cell-40
+# %% ../nbs/api/14_abtest.ipynb #cell-50
 SRM_ALPHA = 0.001
 
-
+# %% ../nbs/api/14_abtest.ipynb #cell-52
 def ratio_mismatch(
     a: int,                 # units in A
     b: int,                 # units in B
@@ -261,7 +273,7 @@ def ratio_mismatch(
     if not 0 < share < 1: raise ValueError(f"abtest: share is {share}; give the planned share of B, between 0 and 1")
     return float(chisquare([a, b], [(a + b) * (1 - share), (a + b) * share]).pvalue)
 
-# %% ../nbs/api/14_abtest.ipynb #cell-43
+# %% ../nbs/api/14_abtest.ipynb #cell-55
 def corrected(
     p: list[float],               # p-values; NaN where there is none
     correction: str = "holm",     # or 'benjamini-hochberg'
@@ -275,7 +287,7 @@ def corrected(
     if known.any(): p[known] = multipletests(p[known], method=methods[correction])[1]
     return p
 
-# %% ../nbs/api/14_abtest.ipynb #cell-46
+# %% ../nbs/api/14_abtest.ipynb #cell-58
 @dataclass(frozen=True)
 class Readout:
     "An A/B test, read once at its planned end."
@@ -291,10 +303,12 @@ class Readout:
     def to_dict(self) -> dict: return vars(self) | dict(table=self.table.to_dicts())
     def _repr_html_(self) -> str: return readout_html(self)
 
-# %% ../nbs/api/14_abtest.ipynb #cell-48
-def percent(value: float | None) -> str: return "–" if value is None else f"{value:+.2%}"
+# %% ../nbs/api/14_abtest.ipynb #cell-60
+def percent(value: float | None) -> str:
+    "A share with its sign, or a dash."
+    return "–" if value is None else f"{value:+.2%}"
 
-
+# %% ../nbs/api/14_abtest.ipynb #cell-62
 def readout_html(
     readout: Readout,
 ) -> str:    # one small table under its warnings
@@ -314,10 +328,16 @@ def readout_html(
     return "".join([*boxes, "<table><thead>", line(heads, "th"), "</thead><tbody>", *(line(row, "td") for row in rows),
                     f"</tbody></table><p><small>{html.escape(caption)}</small></p>"])
 
-# %% ../nbs/api/14_abtest.ipynb #cell-49
+# %% ../nbs/api/14_abtest.ipynb #cell-64
 FEW = 100    # units with an event, below which the normal approximation is doubtful
 
 
+def fewest_events(units: pl.DataFrame, metric: str) -> int:
+    "Units with an event in the arm that has fewer of them."
+    happened = units.filter(pl.col(METRICS[metric][0]) != 0)["arm"]
+    return min((happened == arm).sum() for arm in happened.dtype.categories)
+
+# %% ../nbs/api/14_abtest.ipynb #cell-66
 def warnings_of(
     units: pl.DataFrame,        # from units_of
     metrics: list[str],
@@ -327,18 +347,18 @@ def warnings_of(
 ) -> tuple[str, ...]:
     "What should stop a reader, loudest first."
     found, (a, b) = [], units["arm"].dtype.categories
-    n = units["arm"].value_counts().sort("arm")["count"].to_list()
+    n = per_arm(units)
     if mismatch < SRM_ALPHA:
         found.append(f"SAMPLE RATIO MISMATCH: {n[0]:,} {unit}s in {a}, {n[1]:,} in {b}, planned {1 - share:.0%} to "
                      f"{share:.0%} (p = {mismatch:.1g}). Do not act on the lifts below; first find out which {unit}s "
                      "were lost, and why.")
     for metric in metrics:
-        least = units.group_by("arm").agg((pl.col(METRICS[metric][0]) != 0).sum().alias("n"))["n"].min()
+        least = fewest_events(units, metric)
         if least < FEW:
             found.append(f"{metric}: only {least} {unit}s with an event in one arm; intervals and p-values need {FEW}.")
     return tuple(found)
 
-# %% ../nbs/api/14_abtest.ipynb #cell-51
+# %% ../nbs/api/14_abtest.ipynb #cell-68
 def metric_row(
     units: pl.DataFrame,    # from units_of
     metric: str,            # of METRICS
@@ -350,6 +370,11 @@ def metric_row(
         name: float(value) for name, value in lift_of(logs, variances, level).items()}
 
 
+def known_only(frame: pl.DataFrame) -> pl.DataFrame:
+    "NaN and infinities as null."
+    return frame.with_columns(pl.when(pl.col(pl.Float64).is_finite()).then(pl.col(pl.Float64)))
+
+# %% ../nbs/api/14_abtest.ipynb #cell-70
 def read_test(
     log: pl.DataFrame | str | Path,           # as sessions_of takes it
     arms: tuple[str, str] = ("A", "B"),       # the arm to beat, and the new one
@@ -364,17 +389,16 @@ def read_test(
     sessions = sessions_of(log, arms, grades)
     units, unit = units_of(sessions), "user" if "user" in sessions.columns else "session"
     if not use_before and "before" in units.columns: units = units.drop("before")
-    metrics = [name for name, columns in METRICS.items() if set(columns) <= set(units.columns)]
+    metrics = metrics_of(units)
     table = pl.DataFrame([metric_row(units, metric, level) for metric in metrics])
     table = table.with_columns(p_corrected=pl.Series(corrected(table["p"].to_list(), correction)))
-    table = table.with_columns(pl.when(pl.col(pl.Float64).is_finite()).then(pl.col(pl.Float64)))
-    n = units["arm"].value_counts().sort("arm")["count"].to_list()
-    mismatch = ratio_mismatch(*n, share)
+    table = known_only(table)
+    mismatch = ratio_mismatch(*per_arm(units), share)
     how = f"{level:.0%} intervals, {correction} over {len(metrics)} metrics{', CUPED' * ('before' in units.columns)}"
     said = warnings_of(units, metrics, mismatch, share, unit)
-    return Readout(table, tuple(arms), tuple(n), unit, mismatch, how, said, simulated)
+    return Readout(table, tuple(arms), tuple(per_arm(units)), unit, mismatch, how, said, simulated)
 
-# %% ../nbs/api/14_abtest.ipynb #cell-56
+# %% ../nbs/api/14_abtest.ipynb #cell-75
 def units_needed(
     lift: float,             # relative, to be found: 0.01 is 1%
     spread: float,           # of the log ratio, per unit
@@ -388,7 +412,7 @@ def units_needed(
     of_a = NormalIndPower().solve_power(abs(math.log1p(lift)) / spread, alpha=alpha, power=power, ratio=ratio)
     return math.ceil(of_a * (1 + ratio))
 
-
+# %% ../nbs/api/14_abtest.ipynb #cell-77
 def smallest_lift(
     units: int,              # both arms together
     spread: float,           # of the log ratio, per unit
@@ -401,7 +425,7 @@ def smallest_lift(
     effect = NormalIndPower().solve_power(None, nobs1=of_a, alpha=alpha, power=power, ratio=ratio)
     return math.expm1(effect * spread)
 
-# %% ../nbs/api/14_abtest.ipynb #cell-58
+# %% ../nbs/api/14_abtest.ipynb #cell-79
 def with_arms(
     log: pl.DataFrame,            # with session and perhaps user, arm
     arms: tuple[str, str],
@@ -412,7 +436,7 @@ def with_arms(
     odd = pl.col(unit).rank("dense") % 2 > 0
     return log.with_columns(arm=pl.when(odd).then(pl.lit(arms[0])).otherwise(pl.lit(arms[1])))
 
-
+# %% ../nbs/api/14_abtest.ipynb #cell-81
 def plan(
     log: pl.DataFrame | str | Path,         # as sessions_of takes it; arm may be missing
     per_day: float,                         # new units per day, both arms together
@@ -424,16 +448,15 @@ def plan(
     if per_day <= 0: raise ValueError(f"abtest: per_day is {per_day}; give the new units per day")
     log, rows = with_arms(read_rows(log), arms), []
     units = units_of(sessions_of(log, arms))
-    n = units["arm"].value_counts().sort("arm")["count"].to_numpy()
-    for metric in [name for name, columns in METRICS.items() if set(columns) <= set(units.columns)]:
+    for metric in metrics_of(units):
         variances = arm_ratios(cuped(units, metric) if "before" in units.columns else units, metric)[1]
-        spread = math.sqrt((variances * n).mean())
+        spread = math.sqrt((variances * per_arm(units)).mean())
         needed = [units_needed(lift, spread, **options) for lift in lifts]
         rows += [dict(metric=metric, lift=lift, units=size, days=math.ceil(size / per_day))
                  for lift, size in zip(lifts, needed)]
     return pl.DataFrame(rows)
 
-# %% ../nbs/api/14_abtest.ipynb #cell-61
+# %% ../nbs/api/14_abtest.ipynb #cell-84
 def sequential(
     gap: np.ndarray,          # [..., looks] log lift so far
     variance: np.ndarray,     # [..., looks] of it
@@ -451,7 +474,7 @@ def sequential(
     p = np.minimum.accumulate(np.where(np.isfinite(p), p, 1.0), axis=-1)
     return dict(low=np.expm1(gap - reach), high=np.expm1(gap + reach), p=p)
 
-# %% ../nbs/api/14_abtest.ipynb #cell-63
+# %% ../nbs/api/14_abtest.ipynb #cell-86
 def watch(
     log: pl.DataFrame | str | Path,       # as sessions_of takes it, with `day`
     metric: str = "CVR",                  # of METRICS
@@ -468,8 +491,7 @@ def watch(
         units = units_of(sessions.filter(pl.col("day") <= day))
         if not set(METRICS[metric]) <= set(units.columns):
             raise DataError(f"A/B log: no {metric} without {', '.join(SHOWN)}")
-        events = units.group_by("arm").agg((pl.col(METRICS[metric][0]) != 0).sum().alias("n"))["n"]
-        enough = len(events) == 2 and events.min() >= FEW
+        enough = fewest_events(units, metric) >= FEW
         logs, variances = arm_ratios(units, metric) if enough else np.full((2, 2), np.nan)
         looks.append((day, len(units), logs[1] - logs[0], variances.sum()))
     frame = pl.DataFrame(looks, schema=["day", "units", "gap", "variance"], orient="row")
@@ -477,9 +499,9 @@ def watch(
     found = dict(lift=np.expm1(gap)) | sequential(gap, variance, expected, level)
     found["fixed_p"] = 2 * norm.sf(abs(gap) / np.sqrt(variance))
     found = frame.select("day", "units").with_columns(pl.Series(name, values) for name, values in found.items())
-    return found.with_columns(pl.when(pl.col(pl.Float64).is_finite()).then(pl.col(pl.Float64)))
+    return known_only(found)
 
-# %% ../nbs/api/14_abtest.ipynb #cell-76
+# %% ../nbs/api/14_abtest.ipynb #cell-99
 def simulated_log(
     market: Market,
     shown_a: pl.DataFrame,      # query_id, product_id, score: the candidates of the arm to beat
@@ -493,13 +515,14 @@ def simulated_log(
         raise ValueError("abtest: the two rankings answer different queries; give both arms the same ones")
     in_b = child_generator(seed, "arms").random(sessions) < .5
     coin = pl.DataFrame(dict(session=np.arange(sessions, dtype=np.uint32), in_b=in_b))
-    lives = [shop(market, sessions, behaviour, shown, seed).join(coin.filter(in_b == mine), on="session")
+    lives = [shop(market, sessions, behaviour, shown, seed).join(coin.filter(in_b == mine), on="session", maintain_order="left")
              for mine, shown in ((False, shown_a), (True, shown_b))]
     log = pl.concat(lives).with_columns(arm=pl.when("in_b").then(pl.lit("B")).otherwise(pl.lit("A"))).drop("in_b")
     pairs = log.select("query_id", "product_id").unique()
-    return log.join(pairs.with_columns(true_grades(market, pairs)), on=["query_id", "product_id"])
+    graded = pairs.with_columns(true_grades(market, pairs))
+    return log.join(graded, on=["query_id", "product_id"], maintain_order="left").sort("session", "position")
 
-# %% ../nbs/api/14_abtest.ipynb #cell-78
+# %% ../nbs/api/14_abtest.ipynb #cell-101
 def simulated_test(
     market: Market,
     shown_a: pl.DataFrame,      # query_id, product_id, score: the candidates of the arm to beat

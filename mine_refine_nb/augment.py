@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PIECE', 'LETTERS', 'FIRST', 'BESIDE', 'FLICK', 'HIRAGANA', 'KATAKANA', 'FLICKS', 'KEYS', 'SOUNDS', 'EARLY', 'SOUND',
            'BARE', 'LARGE', 'STARTS_NO_WORD', 'SYLLABLES', 'SMALL', 'HALF', 'READINGS', 'WRITTEN', 'OPERATORS', 'FITS',
-           'LANGUAGES', 'WHOLE', 'BRANDED', 'TRIES', 'MISSPELLED', 'PLAIN', 'PROVENANCE', 'MODES', 'FACTS', 'COLOURS',
-           'MATERIALS', 'UNITS', 'SIZE', 'ORDER', 'SYNTHETIC', 'triples', 'triple_overlap', 'kind_of', 'cut_piece',
-           'cut', 'known_brands', 'cut_brand_off', 'kinds_of', 'place', 'neighbours', 'keyboard', 'transpose', 'omit',
+           'WHOLE', 'BRANDED', 'TRIES', 'MISSPELLED', 'PLAIN', 'PROVENANCE', 'MODES', 'FACTS', 'COLOURS', 'MATERIALS',
+           'UNITS', 'SIZE', 'ORDER', 'SYNTHETIC', 'triples', 'triple_overlap', 'kind_of', 'cut_piece', 'cut',
+           'known_brands', 'cut_brand_off', 'kinds_of', 'place', 'neighbours', 'keyboard', 'transpose', 'omit',
            'double', 'split', 'join', 'sounds_of', 'phonetic', 'accent', 'script', 'one_of_them', 'long_mark',
-           'small_kana', 'romaji', 'width', 'reading', 'language_of', 'Spelling', 'check_spelling', 'Draft',
+           'small_kana', 'romaji', 'width', 'reading', 'typing_language', 'Spelling', 'check_spelling', 'Draft',
            'draft_query', 'guard_spaces', 'shares_of', 'slip', 'misspell_draft', 'Plain', 'form_of', 'forms_of',
-           'misspell', 'copies_of', 'Augmented', 'without_leaks', 'augment_spelling', 'judge_copies', 'sample_queries',
+           'copies_of', 'misspell', 'Augmented', 'without_leaks', 'augment_spelling', 'judge_copies', 'sample_queries',
            'spelling_speed', 'title_thing', 'product_facts', 'write_template', 'exchange', 'trainable',
            'template_queries', 'value_pool', 'write_one', 'keeps_product', 'round_trip', 'augment_synthetic']
 
@@ -31,6 +31,7 @@ import numpy as np
 import polars as pl
 
 from .data import Note, RelevanceData, candidates, find_leaks, normalise_query, plain, query_ids
+from .judging import language_of
 
 # %% ../nbs/api/05_augment.ipynb #cell-6
 def triples(
@@ -66,7 +67,7 @@ def kind_of(
     if not piece.isalpha() or max(piece) >= '\uff00': return 'kept'    # half and full width forms are variants already
     return 'accented' if max(piece) < '\u0250' else 'other'
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-11
 @lru_cache(maxsize=1 << 16)
 def cut_piece(piece: str) -> tuple[str, ...]:
     "Letters apart from signs; a token with a digit whole."
@@ -79,7 +80,7 @@ def cut(
     "Cut a query into its pieces."
     return [part for piece in PIECE.findall(text) for part in cut_piece(piece)]
 
-# %% ../nbs/api/05_augment.ipynb #cell-12
+# %% ../nbs/api/05_augment.ipynb #cell-14
 def known_brands(
     brands: Iterable[str | None],  # as the catalogue writes them
 ) -> dict[str, list[list[str]]]:  # first piece -> brands that begin with it, as folded pieces, longest first
@@ -91,7 +92,7 @@ def known_brands(
     for found in known.values(): found.sort(key=len, reverse=True)
     return known
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-16
 def cut_brand_off(
     pieces: list[str],  # from `cut`
     known: Mapping[str, list[list[str]]],  # from `known_brands`
@@ -104,7 +105,7 @@ def cut_brand_off(
         parted += [piece[:end], piece[end:]] if end else [piece]
     return parted
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-18
 def kinds_of(
     pieces: Sequence[str],  # from `cut`
     known: Mapping[str, list[list[str]]],  # from `known_brands`
@@ -120,7 +121,7 @@ def kinds_of(
                 break
     return kinds
 
-# %% ../nbs/api/05_augment.ipynb #cell-15
+# %% ../nbs/api/05_augment.ipynb #cell-21
 FIRST = 0.05    # of the slips fall on the first letter
 
 
@@ -131,7 +132,7 @@ def place(
     "A place in a word, rarely the first."
     return 1 + int(rng.random() * (length - 1)) if length > 1 and rng.random() >= FIRST else 0
 
-# %% ../nbs/api/05_augment.ipynb #cell-18
+# %% ../nbs/api/05_augment.ipynb #cell-24
 BESIDE = ((0, 1), (0, -1), (1, 0), (1, -1), (-1, 0), (-1, 1))
 FLICK = 'アイウエオ カキクケコ サシスセソ タチツテト ナニヌネノ ハヒフヘホ マミムメモ ヤユヨ ラリルレロ ガギグゲゴ ザジズゼゾ ダヂヅデド バビブベボ パピプペポ'
 HIRAGANA = {chr(code): chr(code - 96) for code in range(ord('ァ'), ord('ヶ') + 1)}
@@ -145,7 +146,7 @@ def neighbours(
     at = {(r, c): key for r, row in enumerate(rows) for c, key in enumerate(row)}
     return {key: ''.join(at[near] for dr, dc in BESIDE if (near := (r + dr, c + dc)) in at) for (r, c), key in at.items()}
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-26
 FLICKS = {kana: row.replace(kana, '') for kata in FLICK.split() for row in (kata, ''.join(map(HIRAGANA.get, kata))) for kana in row}
 KEYS = {language: neighbours(rows.split()) | FLICKS for language, rows in dict(
     en='qwertyuiop asdfghjkl zxcvbnm', es='qwertyuiop asdfghjklñ zxcvbnm', ja='qwertyuiop asdfghjkl zxcvbnm').items()}
@@ -159,7 +160,7 @@ def keyboard(word: str, rng: Random, language: str) -> str:
     key = near[int(rng.random() * len(near))]
     return word[:i] + (key.upper() if word[i].isupper() else key) + word[i + 1:]
 
-# %% ../nbs/api/05_augment.ipynb #cell-21
+# %% ../nbs/api/05_augment.ipynb #cell-29
 def transpose(word: str, rng: Random, language: str) -> str:
     "Two letters change places."
     if len(word) < 4: return word
@@ -173,7 +174,7 @@ def omit(word: str, rng: Random, language: str) -> str:
     i = place(len(word), rng)
     return word[:i] + word[i + 1:]
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-31
 def double(word: str, rng: Random, language: str) -> str:
     "A letter stands twice."
     if len(word) < 3: return word
@@ -192,7 +193,7 @@ def join(space: str, rng: Random, language: str) -> str:
     "The space between two words is missing."
     return ''
 
-# %% ../nbs/api/05_augment.ipynb #cell-24
+# %% ../nbs/api/05_augment.ipynb #cell-34
 SOUNDS = dict(
     en='ph>f ie>ei ei>ie ck>k ca>ka co>ko ke>ce kn>n wr>r wh>w ght>t tion>sion able>ible ible>able ance>ence ence>ance ant>ent ent>ant '
        'er>or or>er our>or ea>ee ee>ea ai>ay oa>o ou>u que>ke qu>kw x>ks ss>s ll>l tt>t pp>p mm>m nn>n rr>r ff>f cc>c '
@@ -203,7 +204,7 @@ SOUNDS = dict(
        'ッ> ュウ>ュー オウ>オー エイ>エー ボ>ポ バ>パ ブ>プ グ>ク ド>ト')
 EARLY = 0.2    # of the sounds at the start of a word that are drawn are changed
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-36
 def sounds_of(pairs: str) -> tuple[re.Pattern, dict[str, list[str]]]:
     "A pattern that finds every sound, the longest first, and what is written for each."
     wrong: dict[str, list[str]] = {}
@@ -215,7 +216,7 @@ def sounds_of(pairs: str) -> tuple[re.Pattern, dict[str, list[str]]]:
 
 SOUND = {language: sounds_of(pairs) for language, pairs in SOUNDS.items()}
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-38
 def phonetic(word: str, rng: Random, language: str) -> str:
     "A sound is written as another that is said the same way."
     pattern, wrong = SOUND['ja' if word[0] in HIRAGANA or word[0] in KATAKANA else 'en' if language == 'ja' else language]
@@ -227,7 +228,7 @@ def phonetic(word: str, rng: Random, language: str) -> str:
     new = choices[int(rng.random() * len(choices))]
     return word[:match.start()] + (new.upper() if match[0].isupper() else new) + word[match.end():]
 
-# %% ../nbs/api/05_augment.ipynb #cell-27
+# %% ../nbs/api/05_augment.ipynb #cell-41
 BARE = {letter: base for letter in map(chr, range(0xc0, 0x250))
         if (base := unicodedata.normalize('NFD', letter)[0]) != letter and base.isascii()}
 LARGE = dict(zip('ァィゥェォッャュョヮぁぃぅぇぉっゃゅょゎ', 'アイウエオツヤユヨワあいうえおつやゆよわ'))
@@ -244,7 +245,7 @@ def script(word: str, rng: Random, language: str) -> str:
     table = HIRAGANA if any(kana in HIRAGANA for kana in word) else KATAKANA
     return ''.join([table.get(kana, kana) for kana in word]) if len(word) > 1 else word
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-43
 def one_of_them(word: str, places: Sequence[int], new: str | Mapping[str, str], rng: Random) -> str:
     "Change one of these places of a word."
     if not places: return word
@@ -261,14 +262,14 @@ def small_kana(word: str, rng: Random, language: str) -> str:
     "A small kana comes out large."
     return one_of_them(word, [i for i, kana in enumerate(word) if kana in LARGE], LARGE, rng)
 
-# %% ../nbs/api/05_augment.ipynb #cell-30
+# %% ../nbs/api/05_augment.ipynb #cell-46
 SYLLABLES = dict(pair.split('=') for pair in (
     'ア=a イ=i ウ=u エ=e オ=o カ=ka キ=ki ク=ku ケ=ke コ=ko サ=sa シ=shi ス=su セ=se ソ=so タ=ta チ=chi ツ=tsu テ=te ト=to ナ=na ニ=ni ヌ=nu ネ=ne ノ=no '
     'ハ=ha ヒ=hi フ=fu ヘ=he ホ=ho マ=ma ミ=mi ム=mu メ=me モ=mo ヤ=ya ユ=yu ヨ=yo ラ=ra リ=ri ル=ru レ=re ロ=ro ワ=wa ヲ=wo ン=n ガ=ga ギ=gi グ=gu ゲ=ge ゴ=go '
     'ザ=za ジ=ji ズ=zu ゼ=ze ゾ=zo ダ=da ヂ=ji ヅ=zu デ=de ド=do バ=ba ビ=bi ブ=bu ベ=be ボ=bo パ=pa ピ=pi プ=pu ペ=pe ポ=po ヴ=vu').split())
 SMALL = dict(zip('ァィゥェォャュョ', ('a', 'i', 'u', 'e', 'o', 'ya', 'yu', 'yo')))
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-48
 def romaji(word: str, rng: Random | None = None, language: str = 'ja') -> str:
     "Kana as Latin letters; a word with a kana that has no syllable stays."
     typed, stop = [], False
@@ -284,7 +285,7 @@ def romaji(word: str, rng: Random | None = None, language: str = 'ja') -> str:
         else: return word
     return ''.join(typed) if len(word) > 1 and typed else word
 
-# %% ../nbs/api/05_augment.ipynb #cell-33
+# %% ../nbs/api/05_augment.ipynb #cell-51
 HALF = {unicodedata.normalize('NFKC', chr(code)): chr(code) for code in range(0xff66, 0xff9e)}
 HALF |= {kana: HALF[parts[0]] + ('ﾞ' if parts[1] == '\u3099' else 'ﾟ') for kana in HIRAGANA
          if len(parts := unicodedata.normalize('NFD', kana)) == 2 and parts[0] in HALF}
@@ -296,7 +297,7 @@ READINGS = {word: tuple(said.split('/')) for word, said in (pair.split('=') for 
     '棚=たな 壁=かべ 車=くるま 旅行=りょこう 寝袋=ねぶくろ 登山=とざん 上着=うわぎ 黒=くろ/クロ 白=しろ/シロ 赤=あか/アカ 青=あお/アオ 緑=みどり 本=ほん').split())}
 WRITTEN = re.compile('|'.join(sorted(READINGS, key=len, reverse=True)))
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-53
 def width(word: str, rng: Random, language: str) -> str:
     "Katakana in half width; in a Japanese query also Latin letters in full width."
     if word[0] in HALF: return ''.join([HALF.get(kana, kana) for kana in word]) if all(map(HALF.__contains__, word)) else word
@@ -312,24 +313,24 @@ def reading(word: str, rng: Random, language: str) -> str:
     said = READINGS[match[0]]
     return word[:match.start()] + said[int(rng.random() * len(said))] + word[match.end():]
 
-# %% ../nbs/api/05_augment.ipynb #cell-36
+# %% ../nbs/api/05_augment.ipynb #cell-56
 OPERATORS: dict[str, Callable[[str, Random, str], str]] = {operator.__name__: operator for operator in (
     keyboard, transpose, omit, double, split, join, phonetic, accent, script, long_mark, small_kana, romaji, width, reading)}
 FITS = {name: frozenset(kinds.split()) for name, kinds in dict(
     keyboard='latin accented kana brand', transpose='latin accented other', omit='latin accented kana other',
     double='latin accented other', split='latin accented', join='space', phonetic='latin accented kana', accent='accented',
     script='kana', long_mark='kana', small_kana='kana', romaji='kana', width='latin kana', reading='kanji').items()}
-LANGUAGES = dict(en='en', us='en', uk='en', gb='en', ca='en', au='en', es='es', mx='es', ar='es', co='es', cl='es', ja='ja', jp='ja')
 
 
 @lru_cache
-def language_of(
+def typing_language(
     locale: str | None,  # 'en', 'us', 'es-MX', 'jp', ...
 ) -> str:  # 'en', 'es' or 'ja': whose keyboard and sounds
-    "The language of a locale; English where it is none of ours."
-    return LANGUAGES.get(re.split('[-_]', (locale or 'en').lower())[0], 'en')
+    "The language that a locale types in; English where it is none of ours."
+    language = language_of(locale)
+    return language if language in ('es', 'ja') else 'en'
 
-# %% ../nbs/api/05_augment.ipynb #cell-39
+# %% ../nbs/api/05_augment.ipynb #cell-59
 @dataclass(frozen=True)
 class Spelling:
     "How queries are misspelled; the operators' rates are relative to each other."
@@ -356,7 +357,7 @@ class Spelling:
 
     def __post_init__(self): check_spelling(self)
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-61
 def check_spelling(settings: Spelling) -> None:
     "Raise ValueError for settings that cannot be meant."
     wrong = [name for name in OPERATORS if not 0 <= getattr(settings, name) < float('inf')]
@@ -366,7 +367,7 @@ def check_spelling(settings: Spelling) -> None:
     if settings.copies < 1 or settings.most < 1:
         raise ValueError(f'augment: copies={settings.copies}, most={settings.most} must be 1 or more; use share=0 for no copies')
 
-# %% ../nbs/api/05_augment.ipynb #cell-42
+# %% ../nbs/api/05_augment.ipynb #cell-64
 WHOLE = ('kept', 'brand', 'space')    # no space beside these is dropped
 BRANDED = frozenset(WHOLE)            # a query of nothing else has only its brand to misspell
 
@@ -380,7 +381,7 @@ class Draft:
     letters: int                # of the query
     present: frozenset[str]     # its kinds
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-66
 def draft_query(
     text: str,
     known: Mapping[str, list[list[str]]],  # from `known_brands`
@@ -401,7 +402,7 @@ def guard_spaces(kinds: list[str]) -> list[str]:
         if kind == 'space' and (i == 0 or kinds[i - 1] in WHOLE or i + 1 == len(kinds) or kinds[i + 1] in WHOLE): kinds[i] = 'kept'
     return kinds
 
-# %% ../nbs/api/05_augment.ipynb #cell-45
+# %% ../nbs/api/05_augment.ipynb #cell-69
 def shares_of(
     settings: Spelling,
     kinds: frozenset[str],  # in a query
@@ -410,7 +411,7 @@ def shares_of(
     names = [name for name, fits in FITS.items() if fits & kinds and getattr(settings, name)]
     return names, [*accumulate(getattr(settings, name) for name in names)]
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-71
 def slip(
     pieces: list[str], kinds: list[str], weights: list[float],  # as in a draft
     names: list[str], steps: list[float],  # from `shares_of`
@@ -420,7 +421,7 @@ def slip(
     "Draw one error."
     name = names[bisect(steps, rng.random() * steps[-1])]
     fits = FITS[name]
-    sums = [*accumulate(weight if kind in fits else 0 for kind, weight in zip(kinds, weights))]
+    sums = [*accumulate([weight if kind in fits else 0 for kind, weight in zip(kinds, weights)])]
     if not sums[-1]: return None
     i = bisect(sums, rng.random() * sums[-1])
     old = pieces[i]
@@ -428,7 +429,7 @@ def slip(
     if new == old or new and new[0] in STARTS_NO_WORD and old[0] not in STARTS_NO_WORD: return None
     return i, new, name
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-73
 TRIES = 12    # draws before a query is given up
 
 
@@ -453,10 +454,10 @@ def misspell_draft(
             if len(names) == wanted: break
     return ''.join(pieces), names
 
-# %% ../nbs/api/05_augment.ipynb #cell-48
+# %% ../nbs/api/05_augment.ipynb #cell-76
 MISSPELLED = dict(row=pl.UInt32, source=pl.String, text=pl.String, operators=pl.String)
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-78
 class Plain(dict):
     "For `str.translate`: what `data.plain` makes of a character, looked up once."
     def __missing__(self, code: int) -> str: return self.setdefault(code, plain(chr(code)))
@@ -476,29 +477,7 @@ def forms_of(texts: Iterable[str]) -> set[str]:
     texts = {*texts}
     return texts | {*map(form_of, texts)}
 
-
-def misspell(
-    texts: Sequence[str],                           # queries
-    locales: Sequence[str | None] | None = None,    # of each; None: unknown throughout
-    settings: Spelling = Spelling(),
-    avoid: Iterable[str] = (),                      # more queries that no copy may repeat, of every split
-    brands: Iterable[str | None] = (),              # to be handled with care
-) -> pl.DataFrame:  # row (place in texts), source, text, operators (joined by +), in the order of the texts
-    "Misspell queries as people do."
-    known, taken, shares, rng = known_brands(brands), forms_of(texts) | forms_of(avoid), {}, Random()
-    rows, made, operators = [], [], []    # columns: a million small tuples would keep the garbage collector busy
-    for row, (text, locale) in enumerate(zip(texts, locales if locales is not None else [None] * len(texts), strict=True)):
-        rng.seed(crc32(f'{settings.seed}\t{locale or ""}\t{text}'.encode()))
-        if rng.random() >= settings.share: continue
-        draft = draft_query(text, known, settings.brand_rate)
-        if draft.present <= BRANDED and rng.random() >= settings.brand_rate: continue
-        for copy, names in copies_of(text, draft, settings, shares, language_of(locale), taken, rng):
-            rows.append(row)
-            made.append(copy)
-            operators.append('+'.join(names))
-    return pl.DataFrame(dict(row=rows, source=[texts[row] for row in rows], text=made, operators=operators), schema=MISSPELLED)
-
-
+# %% ../nbs/api/05_augment.ipynb #cell-80
 def copies_of(
     text: str, draft: Draft, settings: Spelling, shares: dict, language: str,  # as in `misspell_draft`
     taken: set[str],  # texts and normal forms of all queries and copies; grows
@@ -517,7 +496,29 @@ def copies_of(
             break
     return copies
 
-# %% ../nbs/api/05_augment.ipynb #cell-57
+# %% ../nbs/api/05_augment.ipynb #cell-82
+def misspell(
+    texts: Sequence[str],                           # queries
+    locales: Sequence[str | None] | None = None,    # of each; None: unknown throughout
+    settings: Spelling = Spelling(),
+    avoid: Iterable[str] = (),                      # more queries that no copy may repeat, of every split
+    brands: Iterable[str | None] = (),              # to be handled with care
+) -> pl.DataFrame:  # row (place in texts), source, text, operators (joined by +), in the order of the texts
+    "Misspell queries as people do."
+    known, taken, shares, rng = known_brands(brands), forms_of(texts) | forms_of(avoid), {}, Random()
+    rows, made, operators = [], [], []    # columns: a million small tuples would keep the garbage collector busy
+    for row, (text, locale) in enumerate(zip(texts, locales if locales is not None else [None] * len(texts), strict=True)):
+        rng.seed(crc32(f'{settings.seed}\t{locale or ""}\t{text}'.encode()))
+        if rng.random() >= settings.share: continue
+        draft = draft_query(text, known, settings.brand_rate)
+        if draft.present <= BRANDED and rng.random() >= settings.brand_rate: continue
+        for copy, names in copies_of(text, draft, settings, shares, typing_language(locale), taken, rng):
+            rows.append(row)
+            made.append(copy)
+            operators.append('+'.join(names))
+    return pl.DataFrame(dict(row=rows, source=[texts[row] for row in rows], text=made, operators=operators), schema=MISSPELLED)
+
+# %% ../nbs/api/05_augment.ipynb #cell-91
 PROVENANCE = dict(query_id=pl.String, source_query_id=pl.String, product_id=pl.String, kind=pl.String, operator=pl.String)
 
 
@@ -538,7 +539,7 @@ def without_leaks(
     both = pl.concat([unseen, new.select('query', split=pl.lit('train'))])
     return new.filter(~pl.Series(find_leaks(both)[len(unseen):], dtype=pl.Boolean))
 
-# %% ../nbs/api/05_augment.ipynb #cell-59
+# %% ../nbs/api/05_augment.ipynb #cell-93
 MODES = ('additive', 'replace', 'tie')
 
 
@@ -563,7 +564,7 @@ def augment_spelling(
     pairs = copies.select('clean', pl.col('query').alias('misspelled'), 'locale') if mode == 'tie' else None
     return Augmented(replace(data, judgments=pl.concat([clean, rows]), notes=(*data.notes, note)), provenance, pairs)
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-95
 def judge_copies(
     copies: pl.DataFrame,      # query_id, query, source_query_id
     judgments: pl.DataFrame,   # of the clean queries
@@ -573,7 +574,7 @@ def judge_copies(
     rows = copied.join(judgments, left_on='source_query_id', right_on='query_id', how='left', maintain_order='left')
     return rows.with_columns(query_id='new_id', query='new').select(judgments.columns)
 
-# %% ../nbs/api/05_augment.ipynb #cell-63
+# %% ../nbs/api/05_augment.ipynb #cell-99
 def sample_queries(
     count: int,    # at most 30,000
 ) -> tuple[list[str], list[str]]:  # distinct texts, their locales
@@ -588,7 +589,7 @@ def sample_queries(
              for locale, parts in words.items() for a in parts[0].split() for b in parts[1].split() for c in parts[2].split()]
     return tuple(map(list, zip(*texts[:count])))
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-101
 def spelling_speed(
     n: int = 20_000,    # queries to time, at most 30,000
     settings: Spelling = Spelling(share=1.0),
@@ -599,7 +600,7 @@ def spelling_speed(
     made = misspell(texts, locales, settings)
     return (time.process_time() - start) / len(made) * 1e6
 
-# %% ../nbs/api/05_augment.ipynb #cell-66
+# %% ../nbs/api/05_augment.ipynb #cell-104
 FACTS = ('thing', 'brand', 'colour', 'material', 'size')
 COLOURS = dict(en='black white red blue green yellow pink purple orange grey gray brown beige navy silver gold charcoal',
                es='negro negra blanco blanca rojo roja azul verde amarillo amarilla rosa morado gris marrón beige plata dorado',
@@ -611,7 +612,7 @@ UNITS = ('gb tb ml cl l kg g mg cm mm m inch inches in oz lb w v mah count pack 
          'ギガ キロ グラム センチ リットル ミリ インチ 個 枚 本 袋').split()
 SIZE = rf'(?i)(\d+(?:[.,]\d+)?\s?(?:{"|".join(sorted(UNITS, key=len, reverse=True))}))(?:[^\p{{Latin}}\d]|$)'
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-106
 def title_thing(
     title: str,
     known: Iterable[str | None],  # facts that the title says as well: brand, colour, material, size
@@ -622,12 +623,12 @@ def title_thing(
     words = re.findall(r"(?<![^\W_])[^\W\d_][^\W\d_'-]*(?![^\W_])", head)
     return ' '.join(words[:4]) or None
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-108
 def product_facts(
     products: pl.DataFrame,  # PRODUCT_COLUMNS
 ) -> pl.DataFrame:  # product_id, locale, said (all its words, folded), top (of the category path), and FACTS, null where unknown
     "What is known of each product that a query could ask for."
-    language = pl.lit(pl.Series([language_of(locale) for locale in products['locale']], dtype=pl.String))
+    language = pl.lit(pl.Series([typing_language(locale) for locale in products['locale']], dtype=pl.String))
     def listed(words: Mapping[str, str]) -> pl.Expr:
         found = pl.lit(None, pl.String)
         for name, known in words.items():
@@ -642,7 +643,7 @@ def product_facts(
     things = [leaf or title_thing(*rest) for leaf, *rest in facts.select('leaf', 'title', pl.concat_list(FACTS[1:])).iter_rows()]
     return facts.with_columns(thing=pl.Series(things, dtype=pl.String)).select('product_id', 'locale', 'said', 'top', *FACTS)
 
-# %% ../nbs/api/05_augment.ipynb #cell-69
+# %% ../nbs/api/05_augment.ipynb #cell-111
 ORDER = dict(    # how a language lines facts up
     en='{brand} {colour} {material} {thing} {size}', es='{thing} {material} {colour} {brand} {size}', ja='{brand} {thing} {material} {colour} {size}')
 SYNTHETIC = dict(query=pl.String, locale=pl.String, product_id=pl.String, grade=pl.Int8, kind=pl.String, facts=pl.String, exchanged=pl.String)
@@ -655,7 +656,7 @@ def write_template(
     "A query that asks for these facts, in the order of the language."
     return ' '.join(ORDER[language].format(**{name: facts.get(name) or '' for name in FACTS}).split())
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-113
 def exchange(
     product: Mapping[str, str],          # a row of `product_facts`
     asked: Sequence[str],                # names of the facts that the query asks for
@@ -672,7 +673,7 @@ def exchange(
         if top is not None and product['top'] is not None and top != product['top']: return fact, value, 0
     return None
 
-# %% ../nbs/api/05_augment.ipynb #cell-72
+# %% ../nbs/api/05_augment.ipynb #cell-116
 def trainable(
     data: RelevanceData,
 ) -> pl.DataFrame:  # products judged for a training query, or for none
@@ -681,7 +682,7 @@ def trainable(
     unseen = judged.filter(~pl.col('seen'))
     return data.products.join(unseen, on='product_id', how='anti', maintain_order='left')
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-118
 def template_queries(
     data: RelevanceData,
     count: int,                 # to write; fewer come back where the facts do not suffice
@@ -702,7 +703,7 @@ def template_queries(
         rows.append(row)
     return without_leaks(pl.DataFrame(rows, schema=SYNTHETIC, orient='row'), data.queries)
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-120
 def value_pool(facts: pl.DataFrame) -> dict[tuple, list[tuple]]:
     "All values of each fact per locale, with the top of their category path."
     pool = {}
@@ -710,7 +711,7 @@ def value_pool(facts: pl.DataFrame) -> dict[tuple, list[tuple]]:
         for fact in FACTS: pool[locale, fact] = group.filter(pl.col(fact).is_not_null()).select(fact, 'top').unique(maintain_order=True).rows()
     return pool
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-122
 def write_one(
     product: Mapping[str, str],          # a row of `product_facts`
     pool: Mapping[tuple, list[tuple]],   # from `value_pool`
@@ -727,10 +728,10 @@ def write_one(
     if kind == 'near-miss':
         if (other := exchange(product, asked, pool, rng)) is None: return None
         fact, values[fact], grade = other
-    query = write_template(values, language_of(product['locale']))
+    query = write_template(values, typing_language(product['locale']))
     return query, product['locale'], product['product_id'], grade, kind, '+'.join(asked), fact
 
-# %% ../nbs/api/05_augment.ipynb #cell-75
+# %% ../nbs/api/05_augment.ipynb #cell-125
 def keeps_product(
     queries: np.ndarray,    # [n, d] unit rows
     products: np.ndarray,   # [m, d] unit rows: those that these queries search
@@ -748,7 +749,7 @@ def keeps_product(
         kept[here] = (scores >= own[:, None]).sum(axis=1) <= k    # the product itself is one of them
     return kept
 
-
+# %% ../nbs/api/05_augment.ipynb #cell-127
 def round_trip(
     written: pl.DataFrame,      # SYNTHETIC
     queries: np.ndarray,        # [n, d], a unit row per row of `written`
@@ -766,7 +767,7 @@ def round_trip(
         kept[these] = keeps_product(queries[these], products[searched], np.searchsorted(searched, rows[these]), k)
     return written.filter(pl.Series(kept))
 
-# %% ../nbs/api/05_augment.ipynb #cell-78
+# %% ../nbs/api/05_augment.ipynb #cell-130
 def augment_synthetic(
     data: RelevanceData,
     written: pl.DataFrame,      # SYNTHETIC, filtered

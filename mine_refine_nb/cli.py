@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'OUT', 'PresetName', 'quiet_libraries', 'print_table', 'run', 'simulate', 'AnnotatorKind', 'train_annotator',
-           'annotate', 'audit', 'correct', 'BenchKind', 'bench', 'evaluate', 'search', 'main']
+           'annotate', 'audit', 'correct', 'abtest', 'BenchKind', 'bench', 'evaluate', 'search', 'main']
 
 # %% ../nbs/api/19_cli.ipynb #cell-3
 import sys
@@ -179,6 +179,30 @@ def correct(
 
     made = correct_folder(data, corrections, out)
     OUT.print(f"written to {out}: {made.corrections.height if made.corrections is not None else 0} of its grades are corrected ones", soft_wrap=True)
+
+# %% ../nbs/api/19_cli.ipynb #35411bfd
+@app.command()
+def abtest(
+    log: Annotated[Path, typer.Argument(help="Sessions or orders, .parquet or .csv: arm, session, add_to_carts, orders, value; user, before, day if known.")],
+    arms: Annotated[str, typer.Option(help="The arm to beat, and the new one.")] = "A,B",
+    share: Annotated[float, typer.Option(help="Planned share of the new arm.")] = 0.5,
+    correction: Annotated[str, typer.Option(help="holm or benjamini-hochberg.")] = "holm",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+) -> None:
+    "Read an A/B test: add-to-cart rate, conversion, order value, and NDCG of what was shown."
+    quiet_libraries()
+    from mine_refine_nb.abtest import read_test
+    from mine_refine_nb.machine import write_json
+
+    names = tuple(part.strip() for part in arms.split(","))
+    if len(names) != 2:
+        raise ValueError(f"--arms {arms!r}: name two arms, the one to beat first, such as A,B")
+    found = read_test(log, names, share=share, correction=correction)
+    for warning in found.warnings:
+        OUT.print(f"warning: {warning}", style="red", markup=False, soft_wrap=True)
+    print_table(found.table.to_dicts(), f"{names[1]} against {names[0]}")
+    if json_file:
+        write_json(json_file, found.to_dict())
 
 # %% ../nbs/api/19_cli.ipynb #cell-20
 class BenchKind(str, Enum):
