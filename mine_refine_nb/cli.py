@@ -103,7 +103,7 @@ class AnnotatorKind(str, Enum):
     cross = "cross"
     llm = "llm"
 
-
+# %% ../nbs/api/19_cli.ipynb #59b3b13d
 @app.command()
 def train_annotator(
     data: Annotated[str, typer.Argument(help="A data folder, or `market`.")],
@@ -167,7 +167,7 @@ def audit(
     print_table([{"figure": name, "value": str(value)} for name, value in numbers.items()], "label audit")
     OUT.print(f"report: {out / 'audit.html'}", soft_wrap=True)
 
-
+# %% ../nbs/api/19_cli.ipynb #8412ad84
 @app.command()
 def correct(
     data: Annotated[Path, typer.Argument(help="A data folder.")],
@@ -178,7 +178,8 @@ def correct(
     from mine_refine_nb.auditing import correct_folder
 
     made = correct_folder(data, corrections, out)
-    OUT.print(f"written to {out}: {made.corrections.height if made.corrections is not None else 0} of its grades are corrected ones", soft_wrap=True)
+    count = 0 if made.corrections is None else made.corrections.height
+    OUT.print(f"written to {out}: {count} of its grades are corrected ones", soft_wrap=True)
 
 # %% ../nbs/api/19_cli.ipynb #35411bfd
 @app.command()
@@ -211,7 +212,7 @@ class BenchKind(str, Enum):
     speed = "speed"
     audit = "audit"
 
-
+# %% ../nbs/api/19_cli.ipynb #5fb22341
 @app.command()
 def bench(
     kind: Annotated[BenchKind, typer.Argument(help="What to measure.")],

@@ -19,6 +19,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # what takes longest first, so that no worker waits for the other at the end
+    items.sort(key=lambda item: 0 if "test_cli" in item.nodeid else 1 if "::test_runs" in item.nodeid else 2)
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):

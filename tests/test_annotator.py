@@ -169,11 +169,12 @@ def test_a_stopped_training_goes_on_to_the_same_end(tiny, tmp_path, monkeypatch)
 
 
 def test_names_change_with_what_changes_the_weights():
-    train = lesson(10, 1)
-    name = room.annotator_name("a/base", Prompt(), RECIPE, train)
-    others = [room.annotator_name("b/other", Prompt(), RECIPE, train), room.annotator_name("a/base", Prompt(words=False), RECIPE, train),
-              room.annotator_name("a/base", Prompt(), replace(RECIPE, seed=1), train), room.annotator_name("a/base", Prompt(), RECIPE, train.head(9))]
-    assert re.fullmatch(r"base tuned [0-9a-f]{8}", name) and name not in others and len(set(others)) == 4
+    train, held = lesson(10, 1), lesson(4, 2)
+    name = room.annotator_name("a/base", Prompt(), RECIPE, train, held)
+    others = [room.annotator_name("b/other", Prompt(), RECIPE, train, held), room.annotator_name("a/base", Prompt(words=False), RECIPE, train, held),
+              room.annotator_name("a/base", Prompt(), replace(RECIPE, seed=1), train, held), room.annotator_name("a/base", Prompt(), RECIPE, train.head(9), held),
+              room.annotator_name("a/base", Prompt(), RECIPE, train, held.head(3))]
+    assert re.fullmatch(r"base tuned [0-9a-f]{8}", name) and name not in others and len(set(others)) == 5
 
 
 @pytest.mark.parametrize("change, says", [

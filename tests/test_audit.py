@@ -436,7 +436,7 @@ def test_a_rater_of_whom_little_is_known_is_believed_to_be_usual():
     got = au.fit_confusion(np.array([1]), np.array([2]), np.array([[1.0, 0, 0]]))
     np.testing.assert_allclose(got[0], au.BELIEF)
     np.testing.assert_allclose(got[1, 1:], au.BELIEF[1:])
-    np.testing.assert_allclose(got[1, 0], (50 * au.BELIEF[0] + [0, 0, 1]) / 51)
+    np.testing.assert_allclose(got[1, 0], (au.BELIEF_PAIRS * au.BELIEF[0] + [0, 0, 1]) / (au.BELIEF_PAIRS + 1))
 
 
 @pytest.fixture(scope="module")

@@ -197,7 +197,7 @@ def test_audit_review_and_correct(shop, tmp_path):
     while (row := review.current) is not None: review.grade(truth.filter(query_id=row["query_id"], product_id=row["product_id"])["grade"].item())
     said = call("correct", shop, tmp_path / "review", "--out", fixed).stdout
     changed = review.progress["changed"]
-    assert changed > 6 and f"{changed} grades corrected" in said and wrong_grades(fixed) == wrong_grades(shop) - changed
+    assert changed > 6 and f"{changed} of its grades are corrected" in said and wrong_grades(fixed) == wrong_grades(shop) - changed
     call("audit", fixed, "--out", tmp_path / "again")
     assert json.loads((tmp_path / "again" / "audit.json").read_text())["doubted"] < numbers["doubted"]
     assert "not fit" in call("correct", fixed, tmp_path / "review", "--out", tmp_path / "twice", code=2).stderr and not (tmp_path / "twice").exists()
