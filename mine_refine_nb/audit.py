@@ -22,6 +22,7 @@ from scipy.special import softmax
 from scipy.stats import betabinom, nbinom
 
 from .data import CORRECTION_COLUMNS, COUNTS, DataError, Note, RelevanceData
+from .grades import DEFAULT_GUIDELINE
 from .judging import PROBABILITIES, Annotator, annotate
 
 # %% ../nbs/api/04_audit.ipynb #cell-7
@@ -67,7 +68,8 @@ def check_log(
     products: pl.DataFrame,  # the catalogue
 ) -> None:
     "Raise DataError for the first row whose counts cannot be, or whose product is unknown."
-    for what, wrong in WRONG_COUNTS.items():
+    spoilt = log.filter(pl.any_horizontal(*WRONG_COUNTS.values())).head(1).collect(engine="streaming").height    # one pass over a sound log
+    for what, wrong in WRONG_COUNTS.items() if spoilt else ():
         bad = log.with_row_index("_row").filter(wrong).select("_row", "query", "product_id", *COUNTS).head(1).collect(engine="streaming")
         if bad.height: raise DataError(f"engagement, row {bad['_row'][0] + 1}: {what}: {bad.drop('_row').row(0, named=True)}. "
                                        "Correct the log; rows of a broken counter are better left out")
@@ -351,7 +353,7 @@ def rank_pairs(
             pl.col("claim") * pl.col("gap"), "off", descending=True, maintain_order=True)
 
 # %% ../nbs/api/04_audit.ipynb #cell-68
-NAMES = ("irrelevant", "moderately relevant", "relevant")
+NAMES = {int(level.grade): level.name for level in DEFAULT_GUIDELINE.levels}
 
 
 def sentence(row: Mapping) -> str:
