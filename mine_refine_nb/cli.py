@@ -184,7 +184,7 @@ def correct(
 # %% ../nbs/api/19_cli.ipynb #35411bfd
 @app.command()
 def abtest(
-    log: Annotated[Path, typer.Argument(help="Sessions or orders, .parquet or .csv: arm, session, add_to_carts, orders, value; user, before, day if known.")],
+    log: Annotated[Path, typer.Argument(help="Sessions or orders, .parquet or .csv: arm, session, add_to_carts, orders, value; user, before, day if known. Or a finished run on the market: its shoppers try pretrained (A) against stage 2 (B).")],
     arms: Annotated[str, typer.Option(help="The arm to beat, and the new one.")] = "A,B",
     share: Annotated[float, typer.Option(help="Planned share of the new arm.")] = 0.5,
     correction: Annotated[str, typer.Option(help="holm or benjamini-hochberg.")] = "holm",
@@ -194,14 +194,15 @@ def abtest(
     quiet_libraries()
     from mine_refine_nb.abtest import read_test
     from mine_refine_nb.machine import write_json
+    from mine_refine_nb.pipeline import production_test
 
     names = tuple(part.strip() for part in arms.split(","))
     if len(names) != 2:
         raise ValueError(f"--arms {arms!r}: name two arms, the one to beat first, such as A,B")
-    found = read_test(log, names, share=share, correction=correction)
+    found = production_test(log) if log.is_dir() else read_test(log, names, share=share, correction=correction)
     for warning in found.warnings:
         OUT.print(f"warning: {warning}", style="red", markup=False, soft_wrap=True)
-    print_table(found.table.to_dicts(), f"{names[1]} against {names[0]}")
+    print_table(found.table.to_dicts(), f"{' against '.join(reversed(found.arms))}{', simulated' * found.simulated}")
     if json_file:
         write_json(json_file, found.to_dict())
 

@@ -7,7 +7,8 @@ __all__ = ['TINY', 'FULL', 'PRESETS', 'ANNOTATORS', 'ROWS_OF_EVALUATION', 'LIBRA
            'scale', 'check_annotator', 'Request', 'cut_corner', 'request_data', 'save_evaluation', 'load_evaluation',
            'Run', 'open_run', 'load_stage', 'stage_vectors', 'measure', 'evaluations', 'save_training', 'run_stage1',
            'run_stage2', 'run_annotator', 'run_mining', 'threshold_table', 'compare_stages', 'write_results',
-           'run_pipeline', 'results_table', 'train_and_measure', 'catalogue_vectors', 'search_run']
+           'run_pipeline', 'results_table', 'train_and_measure', 'catalogue_vectors', 'search_run', 'reopen_run',
+           'production_test']
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-3
 import json
@@ -15,7 +16,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import polars as pl
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
+from .abtest import Readout, simulated_test
 from .annotating import annotator_quality, fit_annotator, mined_negatives, open_annotator
 from .annotator import PACKAGED_LLM, AnnotatorRecipe, LocalAnnotator, load_llm
 from .cross_encoder import CrossRecipe
@@ -32,7 +34,7 @@ from .encoder import DEFAULT_BACKBONE, Embeddings, add_heads, check_backbone, em
 from .grades import Grade
 from .judging import ABOUT, read_about
 from .machine import write_json, write_whole
-from .market import simulate
+from .market import build_market, simulate
 from .metrics import HEADLINE, Evaluation, best_threshold, compare, evaluate
 from .mining import Mined, apply_grades, mine, relabel
 from .report import write_report
@@ -304,7 +306,6 @@ def run_annotator(run: Run) -> None:
     found = annotator_quality([annotator], run.data, hints, ("stage 1", stage1), run.folder / "labels.db", run.request.seed, run.progress)
     write_json(run.folder / "annotator.json", found | {"mined negatives": mined_negatives(run.data, stage1)})
 
-
 # %% ../nbs/api/17_pipeline.ipynb #cell-44
 def run_mining(run: Run) -> None:
     "Hard samples and pending candidates of the training queries by the stage-1 encoder, the latter graded as asked."
@@ -443,3 +444,30 @@ def search_run(
     found = data.products[rows[best]].select("product_id", "title")
     names = [Grade(level).name.lower() for level in levels]
     return found.select(rank=pl.int_range(1, len(best) + 1), score=pl.Series(scores[best].astype(float)), verdict=pl.Series(names), *found.columns)
+
+# %% ../nbs/api/17_pipeline.ipynb #cell-62
+def reopen_run(
+    folder: str | Path,  # of a finished run
+) -> Run:
+    "A finished run; raises ValueError where there is none."
+    folder = Path(folder)
+    if not (folder / "run.json").exists() or not (folder / "metrics.json").exists():
+        raise ValueError(f"{folder} holds no finished run: give the folder that `mine-refine run` wrote with --out")
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    request = Request(**{one.name: record["request"][one.name] for one in fields(Request)})
+    return Run(folder, request, RelevanceData.load(folder / "data"), False, record, True)
+
+# %% ../nbs/api/17_pipeline.ipynb #cell-64
+def production_test(
+    folder: str | Path,  # of a finished run on the simulated market
+    sessions: int = 50_000,  # both arms together
+) -> Readout:  # marked as simulated
+    "The market's shoppers see the pretrained encoder's results in arm A and those of stage 2 in arm B."
+    run = reopen_run(folder)
+    if run.request.source != "market":
+        raise ValueError(f"{folder} is a run on {run.request.source}, whose shoppers are not simulated: run on `market`, or give the log of a real test")
+    market = build_market(*PRESETS[run.request.preset].market, seed=run.request.seed)
+    if market.data.fingerprint != run.data.fingerprint:
+        raise ValueError(f"{folder} was run on another version of the simulated market: run it again")
+    shown = evaluations(run)
+    return simulated_test(market, shown["pretrained"].run, shown["stage2"].run, sessions, run.request.seed)

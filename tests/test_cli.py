@@ -253,3 +253,11 @@ def test_esci_in_its_published_layout(tmp_path):
     call("run", ESCI, "--out", tmp_path / "esci", *SMOKE)
     metrics = json.loads((tmp_path / "esci" / "metrics.json").read_text())
     assert "us" in metrics["stage2"]["per_locale"] and 0 < metrics["stage2"]["ndcg@10"] <= 1
+
+
+def test_the_markets_shoppers_try_a_run(folder, tmp_path):
+    done = call("abtest", folder, "--json", tmp_path / "test.json")
+    found = json.loads((tmp_path / "test.json").read_text())
+    assert found["simulated"] and [row["metric"] for row in found["table"]] == ["NDCG@10", "ATCR", "CVR", "GOV"]
+    assert "B against A, simulated" in done.stdout and sum(found["units"]) == 50_000
+    assert "no finished run" in call("abtest", tmp_path, code=2).stderr
