@@ -13,6 +13,7 @@ import ir_measures
 import numpy as np
 import polars as pl
 from ir_measures import P, R, nDCG
+from scipy.sparse import coo_array
 from scipy.stats import rankdata
 from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 
@@ -21,32 +22,46 @@ from .encoder import Embeddings
 from .grades import UNJUDGED, Grade
 
 # %% auto #0
-__all__ = ['SCORE_STEPS', 'Statistic', 'HEADLINE', 'boundary_auc', 'score_bins', 'overlap', 'best_threshold', 'boundary_metrics',
-           'exponential_gains', 'ranking_measures', 'rank_metrics', 'top_k', 'search_catalogue', 'judged_pairs',
-           'condensed_run', 'query_metrics', 'listed_queries', 'summarise', 'definitions', 'Evaluation',
+__all__ = ['SCORE_STEPS', 'Statistic', 'HEADLINE', 'WEIGHTS', 'REGRET', 'OPTIMA', 'boundary_auc', 'score_bins', 'overlap',
+           'ks_distance', 'weighted_quantile', 'quantile_gap', 'mean_distance', 'd_prime', 'best_threshold', 'best_f1',
+           'boundary_metrics', 'exponential_gains', 'ranking_measures', 'rank_metrics', 'top_k', 'search_catalogue',
+           'judged_pairs', 'condensed_run', 'query_metrics', 'listed_queries', 'summarise', 'definitions', 'Evaluation',
            'locale_metrics', 'evaluate', 'mean_statistic', 'running_sum', 'auc_statistic', 'overlap_statistic',
-           'check_comparable', 'pooled_statistic', 'metric_statistic', 'difference_test', 'holm', 'compare']
+           'check_comparable', 'pooled_statistic', 'metric_statistic', 'difference_test', 'holm', 'compare',
+           'pair_weights', 'list_cuts', 'one_and_own', 'deal_anew', 'list_regret', 'query_regret', 'score_cells',
+           'cell_masses', 'cell_measures', 'boundary_separation', 'regret_statistic', 'boundary_draws', 'separation',
+           'compare_separation']
 
 # %% ../nbs/api/08_metrics.ipynb #cell-9
 def _sides(
     scores: np.ndarray,  # any shape, higher is more relevant
     grades: np.ndarray,  # same shape, -1 where not judged
     boundary: int,       # lowest grade of the upper side
-) -> tuple[np.ndarray, np.ndarray]:  # judged scores [n] and, for each, whether it is on the upper side
-    "Judged scores and which of them lie on the upper side of `boundary`."
+    weights: np.ndarray | None = None,  # same shape, default one each
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # judged scores [n], whether each is on the upper side, weights
+    "Judged scores, which of them lie on the upper side of `boundary`, and what they weigh."
     scores, grades = np.asarray(scores, dtype=np.float64).ravel(), np.asarray(grades).ravel()
-    judged = grades != UNJUDGED
-    return scores[judged], grades[judged] >= boundary
+    weights = np.ones(scores.size) if weights is None else np.asarray(weights, dtype=np.float64).ravel()
+    if not scores.size == grades.size == weights.size:
+        raise ValueError(f'{scores.size} scores, {grades.size} grades, {weights.size} weights: one of each per pair')
+    if not (np.isfinite(weights) & (weights >= 0)).all(): raise ValueError('weights must be finite and not negative')
+    judged = (grades != UNJUDGED) & (weights > 0)
+    if (bad := judged & ~np.isfinite(scores)).any():
+        raise ValueError(f'{bad.sum()} scores of judged pairs are NaN or infinite, the first in row {bad.argmax()}; '
+                         'drop those pairs or score them again')
+    return scores[judged], grades[judged] >= boundary, weights[judged]
 
 # %% ../nbs/api/08_metrics.ipynb #cell-11
 def boundary_auc(
     scores: np.ndarray,  # any shape
     grades: np.ndarray,  # same shape, -1 where not judged
     boundary: int,       # grades >= boundary against grades below
+    weights: np.ndarray | None = None,  # same shape, default one each
 ) -> float:  # in [0, 1]; NaN if one side is empty
     "How often a pair on the upper side of `boundary` outscores one on the lower side; ties count half."
-    scores, upper = _sides(scores, grades, boundary)
-    return float(roc_auc_score(upper, scores)) if 0 < upper.sum() < upper.size else float('nan')
+    scores, upper, weights = _sides(scores, grades, boundary, weights)
+    if not 0 < upper.sum() < upper.size: return float('nan')
+    return float(roc_auc_score(upper, scores, sample_weight=weights))
 
 # %% ../nbs/api/08_metrics.ipynb #cell-16
 def score_bins(
@@ -64,36 +79,138 @@ def overlap(
     grades: np.ndarray,  # same shape, -1 where not judged
     boundary: int,       # grades >= boundary against grades below
     bins: int = 50,      # equal bins between the lowest and the highest judged score
+    weights: np.ndarray | None = None,  # same shape, default one each
 ) -> float:  # in [0, 1]; NaN if one side is empty
     "Area shared by the normalised score histograms of the two sides of `boundary`."
-    scores, upper = _sides(scores, grades, boundary)
+    scores, upper, weights = _sides(scores, grades, boundary, weights)
     if not 0 < upper.sum() < upper.size: return float('nan')
     at = score_bins(scores, bins)
-    above, below = (np.bincount(at[side], minlength=bins) / side.sum() for side in (upper, ~upper))
+    above, below = (np.bincount(at[side], weights[side], bins) / weights[side].sum() for side in (upper, ~upper))
     return float(np.minimum(above, below).sum())
 
 # %% ../nbs/api/08_metrics.ipynb #cell-21
+def _cuts(
+    scores: np.ndarray,   # [n]
+    upper: np.ndarray,    # [n] whether on the upper side, some and not all
+    weights: np.ndarray,  # [n]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # share of the lower side at or above each cut, of the upper, the cuts
+    "Every distinct score as a cut, highest first."
+    wrong, right, cuts = roc_curve(upper, scores, sample_weight=weights, drop_intermediate=False)
+    return wrong[1:], right[1:], cuts[1:]                                 # [0] is a cut at infinity
+
+# %% ../nbs/api/08_metrics.ipynb #cell-22
+def ks_distance(
+    scores: np.ndarray,  # any shape
+    grades: np.ndarray,  # same shape, -1 where not judged
+    boundary: int,       # grades >= boundary against grades below
+    weights: np.ndarray | None = None,  # same shape, default one each
+) -> float:  # in [0, 1]; NaN if one side is empty
+    "Largest distance between the cumulative score distributions of the two sides of `boundary`."
+    scores, upper, weights = _sides(scores, grades, boundary, weights)
+    if not 0 < upper.sum() < upper.size: return float('nan')
+    wrong, right, _ = _cuts(scores, upper, weights)
+    return float(np.abs(right - wrong).max())
+
+# %% ../nbs/api/08_metrics.ipynb #cell-25
+def weighted_quantile(
+    x: np.ndarray,        # [n]
+    weights: np.ndarray,  # [n]
+    q: float,             # share of the weight, 0 to 1
+) -> float:  # the smallest of `x` at or below which lies that share
+    "Quantile of weighted values, without interpolation: doubling a value is doubling its weight."
+    order = np.argsort(x)
+    mass = np.cumsum(weights[order])
+    return float(x[order][np.searchsorted(mass, q * mass[-1] * (1 - 1e-9))])   # 1e-9: a sum of tenths may miss one
+
+# %% ../nbs/api/08_metrics.ipynb #cell-26
+def quantile_gap(
+    scores: np.ndarray,  # any shape
+    grades: np.ndarray,  # same shape, -1 where not judged
+    boundary: int,       # grades >= boundary against grades below
+    weights: np.ndarray | None = None,  # same shape, default one each
+    tail: float = 0.1,   # share of each side that may lie on the wrong side of the gap
+) -> float:  # in units of the score, negative where the sides overlap; NaN if one side is empty
+    "The `tail` quantile of the upper side minus the `1 - tail` quantile of the lower side."
+    scores, upper, weights = _sides(scores, grades, boundary, weights)
+    if not 0 < upper.sum() < upper.size: return float('nan')
+    return (weighted_quantile(scores[upper], weights[upper], tail)
+            - weighted_quantile(scores[~upper], weights[~upper], 1 - tail))
+
+# %% ../nbs/api/08_metrics.ipynb #cell-29
+def mean_distance(
+    scores: np.ndarray,  # any shape
+    grades: np.ndarray,  # same shape, -1 where not judged
+    boundary: int,       # grades >= boundary against grades below
+    weights: np.ndarray | None = None,  # same shape, default one each
+) -> tuple[float, float]:  # distance of the means (upper - lower) and standard deviation; NaN if one side is empty
+    "The two parts of d-prime: how far the sides are apart and how wide they are."
+    scores, upper, weights = _sides(scores, grades, boundary, weights)
+    if not 0 < upper.sum() < upper.size: return float('nan'), float('nan')
+    sides = [(scores[side], weights[side]) for side in (upper, ~upper)]
+    means = [np.average(x, weights=w) for x, w in sides]
+    width = np.sqrt(np.mean([np.average((x - mean)**2, weights=w) for (x, w), mean in zip(sides, means)]))
+    return float(means[0] - means[1]), float(width) if width > 1e-9 * np.abs(scores).max() else float('nan')
+
+# %% ../nbs/api/08_metrics.ipynb #cell-30
+def d_prime(
+    scores: np.ndarray,  # any shape
+    grades: np.ndarray,  # same shape, -1 where not judged
+    boundary: int,       # grades >= boundary against grades below
+    weights: np.ndarray | None = None,  # same shape, default one each
+) -> float:  # NaN if one side is empty or neither has any width
+    "Distance of the means of the two sides of `boundary` in standard deviations."
+    distance, width = mean_distance(scores, grades, boundary, weights)
+    return distance / width
+
+# %% ../nbs/api/08_metrics.ipynb #cell-33
+def _threshold(
+    scores: np.ndarray,   # [n] judged scores
+    cuts: np.ndarray,     # distinct scores, highest first
+    quality: np.ndarray,  # how good each cut is
+) -> tuple[int, float]:  # place of the best cut, the highest on ties, and the threshold that makes it
+    "The best cut, moved halfway to the next lower score: the safest place in the gap."
+    best = int(np.argmax(np.round(quality, 12)))
+    below = scores[scores < cuts[best]]
+    return best, float((cuts[best] + below.max()) / 2 if below.size else cuts[best])
+
+# %% ../nbs/api/08_metrics.ipynb #cell-34
 def best_threshold(
     scores: np.ndarray,  # any shape
     grades: np.ndarray,  # same shape, -1 where not judged
     boundary: int,       # grades >= boundary against grades below
+    weights: np.ndarray | None = None,  # same shape, default one each
 ) -> dict[str, float]:  # threshold, bacc (balanced accuracy) and f1 at it; NaN if one side is empty
     "The global cut (upper side: score >= threshold) with the best balanced accuracy; the highest such cut on ties."
-    scores, upper = _sides(scores, grades, boundary)
+    scores, upper, weights = _sides(scores, grades, boundary, weights)
     if not 0 < upper.sum() < upper.size: return dict.fromkeys(('threshold', 'bacc', 'f1'), float('nan'))
-    wrong, right, cuts = (x[1:] for x in roc_curve(upper, scores, drop_intermediate=False))  # [0] is a cut at infinity
-    best = np.argmax(np.round(right - wrong, 12))
-    cut, below = cuts[best], scores[scores < cuts[best]]
-    return dict(threshold=float((cut + below.max()) / 2 if below.size else cut),  # halfway: the safest place in the gap
-                bacc=float(1 + right[best] - wrong[best]) / 2, f1=float(f1_score(upper, scores >= cut)))
+    wrong, right, cuts = _cuts(scores, upper, weights)
+    best, threshold = _threshold(scores, cuts, right - wrong)
+    return dict(threshold=threshold, bacc=float(1 + right[best] - wrong[best]) / 2,
+                f1=float(f1_score(upper, scores >= cuts[best], sample_weight=weights)))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-25
+# %% ../nbs/api/08_metrics.ipynb #cell-38
+def best_f1(
+    scores: np.ndarray,  # any shape
+    grades: np.ndarray,  # same shape, -1 where not judged
+    boundary: int,       # grades >= boundary against grades below
+    weights: np.ndarray | None = None,  # same shape, default one each
+) -> dict[str, float]:  # threshold, f1; NaN if one side is empty
+    "The global cut (upper side: score >= threshold) with the best F1; the highest such cut on ties."
+    scores, upper, weights = _sides(scores, grades, boundary, weights)
+    if not 0 < upper.sum() < upper.size: return dict.fromkeys(('threshold', 'f1'), float('nan'))
+    wrong, right, cuts = _cuts(scores, upper, weights)
+    above, below = weights[upper].sum(), weights[~upper].sum()
+    f1 = 2 * above * right / (above * right + below * wrong + above)
+    best, threshold = _threshold(scores, cuts, f1)
+    return dict(threshold=threshold, f1=float(f1[best]))
+
+# %% ../nbs/api/08_metrics.ipynb #cell-41
 def boundary_metrics(
     scores: np.ndarray,         # any shape: every pair that counts, pooled
     grades: np.ndarray,         # same shape, -1 where not judged
     levels: int = len(Grade),   # levels of the grade scale: 0 to levels - 1
 ) -> dict[str, float]:  # auc_k, overlap_k, threshold_k, bacc_k, f1_k for each boundary k, the highest first
-    "Everything about the separation of the grades on one global scale."
+    "The main numbers on the separation of the grades on one global scale."
     out = {}
     for k in range(levels - 1, 0, -1):
         found = dict(auc=boundary_auc(scores, grades, k), overlap=overlap(scores, grades, k),
@@ -101,14 +218,14 @@ def boundary_metrics(
         out.update({f'{name}_{k}': value for name, value in found.items()})
     return out
 
-# %% ../nbs/api/08_metrics.ipynb #cell-28
+# %% ../nbs/api/08_metrics.ipynb #cell-44
 def exponential_gains(
     levels: int = len(Grade),  # levels of the grade scale
 ) -> dict[int, int]:  # gain of each grade
     "The gain 2^y - 1 of each grade y."
     return {y: 2**y - 1 for y in range(levels)}
 
-# %% ../nbs/api/08_metrics.ipynb #cell-31
+# %% ../nbs/api/08_metrics.ipynb #cell-47
 def ranking_measures(
     cutoff: int = 10,                       # of NDCG and precision
     recall_at: int = 50,                    # of recall
@@ -127,7 +244,7 @@ def ranking_measures(
         out |= {f'recall@{recall_at}{suffix}': R(rel=k) @ recall_at, f'precision@{cutoff}{suffix}': P(rel=k) @ cutoff}
     return out
 
-# %% ../nbs/api/08_metrics.ipynb #cell-34
+# %% ../nbs/api/08_metrics.ipynb #cell-50
 def _defined(
     name: str,            # metric
     grades: list[int],    # grades of the query's judged products
@@ -137,7 +254,7 @@ def _defined(
     if name.startswith('ndcg'): return any(measure['gains'].get(g, g) > 0 for g in grades)
     return not name.startswith('recall') or max(grades) >= measure['rel']
 
-# %% ../nbs/api/08_metrics.ipynb #cell-35
+# %% ../nbs/api/08_metrics.ipynb #cell-51
 def rank_metrics(
     run: Mapping[str, Sequence[str]],        # query id -> product ids, best first
     qrels: Mapping[str, Mapping[str, int]],  # query id -> product id -> grade, judged products only
@@ -154,7 +271,7 @@ def rank_metrics(
     table = pl.DataFrame(rows, schema=dict.fromkeys(measures, pl.Float64), orient='row')
     return table.insert_column(0, pl.Series('query_id', list(found), pl.String))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-39
+# %% ../nbs/api/08_metrics.ipynb #cell-55
 SCORE_STEPS = 1_000_000  # per unit of score: finer differences are float32 noise
 
 def top_k(
@@ -173,7 +290,7 @@ def top_k(
     best = np.sort(best, axis=1)[:, ::-1]
     return m - 1 - best % m, best // m / SCORE_STEPS
 
-# %% ../nbs/api/08_metrics.ipynb #cell-43
+# %% ../nbs/api/08_metrics.ipynb #cell-59
 def search_catalogue(
     emb: Embeddings,        # queries and products of one model
     data: RelevanceData,    # its queries are searched; a query searches the products of its locale
@@ -192,7 +309,7 @@ def search_catalogue(
                 rank=np.tile(np.arange(1, found.shape[1] + 1), len(ids)), score=scores.ravel())))
     return pl.concat(parts)
 
-# %% ../nbs/api/08_metrics.ipynb #cell-45
+# %% ../nbs/api/08_metrics.ipynb #cell-61
 def judged_pairs(
     emb: Embeddings,       # queries and products of one model
     data: RelevanceData,   # whose judgments are scored
@@ -207,7 +324,7 @@ def judged_pairs(
     steps = np.rint(np.concatenate(scores) * SCORE_STEPS).astype(np.float64)
     return pairs.with_columns(score=pl.Series(steps / SCORE_STEPS))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-47
+# %% ../nbs/api/08_metrics.ipynb #cell-63
 def condensed_run(
     pairs: pl.DataFrame,         # as from `judged_pairs`
     product_ids: Sequence[str],  # in catalogue order, which decides ties
@@ -217,7 +334,7 @@ def condensed_run(
     ranked = pairs.join(order, on='product_id').sort('query_id', -pl.col('score'), 'row')
     return dict(ranked.group_by('query_id', maintain_order=True).agg('product_id').iter_rows())
 
-# %% ../nbs/api/08_metrics.ipynb #cell-49
+# %% ../nbs/api/08_metrics.ipynb #cell-65
 def query_metrics(
     run: pl.DataFrame,           # as from `search_catalogue`
     pairs: pl.DataFrame,         # as from `judged_pairs`
@@ -233,7 +350,7 @@ def query_metrics(
     return rank_metrics(full, qrels, ranking_measures(gains=gains, levels=levels)).join(
         rank_metrics(condensed_run(pairs, product_ids), qrels, condensed), on='query_id', maintain_order='left')
 
-# %% ../nbs/api/08_metrics.ipynb #cell-51
+# %% ../nbs/api/08_metrics.ipynb #cell-67
 def listed_queries(
     queries: pl.DataFrame,   # query_id, locale, judged (how many products)
     min_judged: int = 10,    # judged products that make a query listed
@@ -244,7 +361,7 @@ def listed_queries(
     listed = queries['judged'] >= min_judged
     return least, (listed if listed.any() else listed | True)
 
-# %% ../nbs/api/08_metrics.ipynb #cell-54
+# %% ../nbs/api/08_metrics.ipynb #cell-70
 def summarise(
     per_query: pl.DataFrame,  # query_id and the columns of `names`
     pairs: pl.DataFrame,      # query_id, grade, score
@@ -257,7 +374,7 @@ def summarise(
     pooled = boundary_metrics(pairs['score'], pairs['grade'], levels)
     return means | pooled | dict(queries=len(per_query), judgments=len(pairs))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-56
+# %% ../nbs/api/08_metrics.ipynb #cell-72
 def definitions(
     data: RelevanceData,      # evaluated
     split: str | None,        # evaluated; None for all
@@ -286,7 +403,7 @@ def definitions(
         overlap='shared area of the two normalised histograms, equal bins between the lowest and highest judged score',
         threshold='best balanced accuracy (bacc) on these same pairs; f1 at that threshold')
 
-# %% ../nbs/api/08_metrics.ipynb #cell-58
+# %% ../nbs/api/08_metrics.ipynb #cell-74
 @dataclass(repr=False)
 class Evaluation:
     "One model on one split: numbers, and the rows behind them."
@@ -316,7 +433,7 @@ class Evaluation:
         with pl.Config(tbl_rows=-1, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
             return self.table().with_columns(pl.selectors.float().round(4))._repr_html_()
 
-# %% ../nbs/api/08_metrics.ipynb #cell-59
+# %% ../nbs/api/08_metrics.ipynb #cell-75
 def _json_safe(x: object) -> object:
     "Nested dicts and numbers with NaN as None."
     if isinstance(x, Mapping): return {k: _json_safe(v) for k, v in x.items()}
@@ -326,7 +443,7 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
     "Four decimals, for reading."
     return {k: round(v, 4) for k, v in values.items()}
 
-# %% ../nbs/api/08_metrics.ipynb #cell-61
+# %% ../nbs/api/08_metrics.ipynb #cell-77
 def _check_embeddings(
     emb: Embeddings,       # of the model
     data: RelevanceData,   # the split to evaluate
@@ -344,7 +461,7 @@ def _check_embeddings(
         if bad.any(): raise ValueError(f'evaluate: {bad.sum()} vectors of {name} hold NaN or infinity, the first is '
                                        f'row {bad.argmax()}; the model diverged, lower the learning rate')
 
-# %% ../nbs/api/08_metrics.ipynb #cell-63
+# %% ../nbs/api/08_metrics.ipynb #cell-79
 def locale_metrics(
     per_query: pl.DataFrame,            # query_id, locale, judged and the per-query metrics
     least: Mapping[str | None, int],    # locale -> least judged products of a query that counts there
@@ -357,7 +474,7 @@ def locale_metrics(
         out[locale or 'unknown'] = numbers(per_query.filter(here)) | dict(min_judged=n)
     return out
 
-# %% ../nbs/api/08_metrics.ipynb #cell-64
+# %% ../nbs/api/08_metrics.ipynb #cell-80
 def evaluate(
     emb: Embeddings,               # queries of the split and all products, by one model
     data: RelevanceData,           # products and human grades
@@ -385,7 +502,7 @@ def evaluate(
         run=run.with_columns(pl.col('grade').fill_null(UNJUDGED)),
         definitions=definitions(data, split, min_judged, gains or exponential_gains(levels), levels))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-73
+# %% ../nbs/api/08_metrics.ipynb #cell-89
 Statistic = Callable[[np.ndarray], np.ndarray]  # weights [2 * queries, draws] (a's queries, then b's) -> values [draws]
 
 def mean_statistic(
@@ -397,7 +514,7 @@ def mean_statistic(
         return values[defined] @ weights[defined] / weights[defined].sum(axis=0)
     return statistic
 
-# %% ../nbs/api/08_metrics.ipynb #cell-76
+# %% ../nbs/api/08_metrics.ipynb #cell-92
 def running_sum(
     x: np.ndarray,    # [n, draws]
     step: int = 64,   # rows of a strip
@@ -411,7 +528,7 @@ def running_sum(
     parts[1:] += np.cumsum(parts[:-1, -1], axis=0)[:, None]
     return out[:n + 1]
 
-# %% ../nbs/api/08_metrics.ipynb #cell-79
+# %% ../nbs/api/08_metrics.ipynb #cell-95
 def auc_statistic(
     scores: np.ndarray,  # [pairs of both models]
     upper: np.ndarray,   # [pairs] whether the pair is on the upper side of the boundary
@@ -428,24 +545,26 @@ def auc_statistic(
         return beaten / (weights[high].sum(axis=0) * below[-1])
     return statistic
 
-# %% ../nbs/api/08_metrics.ipynb #cell-82
+# %% ../nbs/api/08_metrics.ipynb #cell-98
 def overlap_statistic(
     at: np.ndarray,     # [pairs of both models] histogram bin
     upper: np.ndarray,  # [pairs] whether the pair is on the upper side of the boundary
     unit: np.ndarray,   # [pairs] the row of its query in the weights
     bins: int = 50,     # number of bins
+    mass: np.ndarray | None = None,  # [pairs] what each pair weighs within its query, default one
 ) -> Statistic:  # weighted overlap coefficient
     "A pooled overlap as a function of the queries' weights."
+    mass = np.ones(len(at)) if mass is None else mass
+    units = unit.max() + 1
     def histograms(side):
-        counts = np.bincount(at[side] * (unit.max() + 1) + unit[side], minlength=bins * (unit.max() + 1))
-        return counts.reshape(bins, -1).astype(np.float64)
+        return np.bincount(at[side] * units + unit[side], mass[side], bins * units).reshape(bins, -1)
     above, below = histograms(upper), histograms(~upper)
     def statistic(weights):
         shares = (side @ weights / (side.sum(axis=0) @ weights) for side in (above, below))
         return np.minimum(*shares).sum(axis=0)
     return statistic
 
-# %% ../nbs/api/08_metrics.ipynb #cell-85
+# %% ../nbs/api/08_metrics.ipynb #cell-101
 def check_comparable(
     a: Evaluation,  # one model
     b: Evaluation,  # another
@@ -466,7 +585,7 @@ def check_comparable(
     if other: raise ValueError(f'compare: different definitions: {other[0]} is {a.definitions[other[0]]!r} in a and '
                                f'{b.definitions.get(other[0])!r} in b; evaluate both models the same way')
 
-# %% ../nbs/api/08_metrics.ipynb #cell-88
+# %% ../nbs/api/08_metrics.ipynb #cell-104
 def pooled_statistic(
     kind: str,      # 'auc' or 'overlap'
     boundary: int,  # grades >= boundary against grades below
@@ -481,7 +600,7 @@ def pooled_statistic(
     common, statistic = dict(auc=(rankdata, auc_statistic), overlap=(score_bins, overlap_statistic))[kind]
     return statistic(np.concatenate([common(p['score'].to_numpy()) for p in pairs]), upper, unit)
 
-# %% ../nbs/api/08_metrics.ipynb #cell-89
+# %% ../nbs/api/08_metrics.ipynb #cell-105
 def metric_statistic(
     metric: str,    # a column of per_query, or auc_k, or overlap_k
     a: Evaluation,  # one model
@@ -496,19 +615,18 @@ def metric_statistic(
     values = [e.per_query.filter('listed').sort('query_id')[metric] for e in (a, b)]
     return mean_statistic(pl.concat(values).fill_null(float('nan')).to_numpy())
 
-# %% ../nbs/api/08_metrics.ipynb #cell-91
+# %% ../nbs/api/08_metrics.ipynb #cell-107
 def _draw(
-    statistic: Statistic,  # of [2 * queries, draws]
-    a: np.ndarray,         # [queries, draws] weights of a's queries
-    b: np.ndarray,         # [queries, draws] weights of b's queries
-    block: int = 64,       # draws at a time
-) -> np.ndarray:  # [draws] NaN where a draw leaves one side empty
+    statistic: Statistic,   # of [sum of the rows, draws]
+    *weights: np.ndarray,   # each [queries, draws]: stacked on top of each other, block by block
+    block: int = 64,        # draws at a time
+) -> np.ndarray:  # [..., draws] NaN where a draw leaves one side empty
     "The statistic under each draw."
     with np.errstate(invalid='ignore', divide='ignore'):
-        return np.concatenate([statistic(np.concatenate([a[:, i:i + block], b[:, i:i + block]]).astype(np.float64))
-                               for i in range(0, a.shape[1], block)])
+        return np.concatenate([statistic(np.concatenate([w[:, i:i + block] for w in weights]).astype(np.float64))
+                               for i in range(0, max(1, weights[0].shape[1]), block)], axis=-1)
 
-# %% ../nbs/api/08_metrics.ipynb #cell-92
+# %% ../nbs/api/08_metrics.ipynb #cell-108
 def difference_test(
     statistic: Statistic,   # as from `metric_statistic`
     counts: np.ndarray,     # [queries, draws] how often each bootstrap draw takes each query
@@ -525,7 +643,7 @@ def difference_test(
     extreme = np.abs(permuted) >= abs(b - a) - 1e-12      # the same difference must not be lost to rounding
     return dict(a=a, b=b, difference=b - a, low=low, high=high, p=(1 + extreme.sum()) / (1 + len(extreme)))
 
-# %% ../nbs/api/08_metrics.ipynb #cell-94
+# %% ../nbs/api/08_metrics.ipynb #cell-110
 def holm(
     p: np.ndarray,  # [n] p-values; NaN is left out and stays NaN
 ) -> np.ndarray:  # [n] corrected, never smaller than p
@@ -536,7 +654,7 @@ def holm(
     out[order[:n]] = np.minimum(np.maximum.accumulate(p[order[:n]] * np.arange(n, 0, -1)), 1)
     return out
 
-# %% ../nbs/api/08_metrics.ipynb #cell-96
+# %% ../nbs/api/08_metrics.ipynb #cell-112
 HEADLINE = ('ndcg@10', 'recall@50', 'precision@10', 'ndcg@10_judged', 'auc_2', 'auc_1', 'overlap_2', 'overlap_1')
 
 def compare(
@@ -555,3 +673,304 @@ def compare(
     rows = [dict(metric=m) | difference_test(metric_statistic(m, a, b), counts, swaps, level) for m in metrics]
     corrected = pl.Series('p_corrected', holm([row['p'] for row in rows]))
     return pl.DataFrame(rows).with_columns(corrected).with_columns(pl.selectors.float().fill_nan(None))
+
+# %% ../nbs/api/08_metrics.ipynb #cell-118
+WEIGHTS = dict(query=('query_id',), cell=('query_id', 'grade'), pair=())   # what weighs one: the group of these columns
+
+def pair_weights(
+    pairs: pl.DataFrame,     # query_id, grade: judged pairs only
+    weights: str = 'query',  # a key of `WEIGHTS`
+) -> np.ndarray:  # [pairs]
+    "What each pair weighs."
+    if weights not in WEIGHTS: raise ValueError(f'weights={weights!r}: choose from {", ".join(map(repr, WEIGHTS))}')
+    group = WEIGHTS[weights]
+    return pairs.select(1. / pl.len().over(*group)).to_series().to_numpy() if group else np.ones(len(pairs))
+
+# %% ../nbs/api/08_metrics.ipynb #cell-121
+def _ordered_pairs(
+    pairs: pl.DataFrame,  # query_id, product_id, grade, score
+    levels: int,          # levels of the grade scale
+) -> pl.DataFrame:  # judged pairs only, sorted, and `unit`: the query's number in the order of the ids
+    "Check and sort a frame of scored pairs."
+    missing = {'query_id', 'product_id', 'grade', 'score'} - set(pairs.columns)
+    if missing: raise ValueError(f'separation: the pairs have no column {", ".join(sorted(missing))}')
+    judged = pairs.filter(pl.col('grade').ne_missing(UNJUDGED))
+    if not len(judged): raise ValueError('separation: no judged pairs; name a split that holds judgments')
+    sound = {'a score that is missing, NaN or infinite': pl.col('score').is_finite(),
+             f'a grade outside 0 to {levels - 1}': pl.col('grade').is_between(0, levels - 1)}
+    for fault, condition in sound.items():
+        if len(bad := judged.filter(~condition.fill_null(False))):
+            raise ValueError(f'separation: {len(bad)} pairs have {fault}, the first is query {bad["query_id"][0]}, '
+                             f'product {bad["product_id"][0]}; drop them or mend them')
+    return judged.sort('query_id', 'product_id', 'score', 'grade').with_columns(
+        unit=(pl.col('query_id').rank('dense') - 1).cast(pl.Int64))
+
+# %% ../nbs/api/08_metrics.ipynb #cell-124
+def list_cuts(
+    place: np.ndarray,  # [n] the score's place among the distinct scores, 0 for the highest
+    upper: np.ndarray,  # [n] whether on the upper side
+    unit: np.ndarray,   # [n] the query, 0 to queries - 1: each has pairs on both sides
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:  # unit and place [m], and bacc and f1 [m] of the list there
+    "Every cut of every query's own list: by query, highest first, equal scores one cut."
+    key = unit * (place.max() + 1) + place
+    order = np.argsort(key)
+    key, u, q = key[order], upper[order].astype(np.int64), unit[order]
+    start = np.flatnonzero(np.diff(q, prepend=-1))
+    size, above, before = np.diff(start, append=len(q)), np.add.reduceat(u, start), (np.cumsum(u) - u)[start]
+    last = np.flatnonzero(np.append(np.diff(key) != 0, True))
+    q, right = q[last], np.cumsum(u)[last]
+    right = right - before[q]
+    wrong = last + 1 - start[q] - right
+    bacc, f1 = (1 + right / above[q] - wrong / (size - above)[q]) / 2, 2 * right / (above[q] + right + wrong)
+    return q, place[order][last], dict(bacc=bacc, f1=f1)
+
+# %% ../nbs/api/08_metrics.ipynb #cell-127
+def one_and_own(
+    unit: np.ndarray,     # [m] the query of each cut, as from `list_cuts`
+    place: np.ndarray,    # [m]
+    quality: np.ndarray,  # [m] of the query's list at the cut
+    nothing: float,       # quality of a list of which nothing is kept
+    weights: np.ndarray,  # [queries] of the mean
+) -> tuple[np.ndarray, np.ndarray, int]:  # each query at the best common cut, at its own best cut, the common place
+    "The best single cut for all queries against the best cut of each."
+    start = np.flatnonzero(np.diff(unit, prepend=-1))
+    before = np.roll(quality, 1)
+    before[start] = nothing
+    change = quality - before
+    mean = np.cumsum(np.bincount(place, change * weights[unit])) / weights.sum()
+    best = int(np.argmax(np.round(mean, 12)))
+    return nothing + np.bincount(unit, change * (place <= best)), np.maximum.reduceat(quality, start), best
+
+# %% ../nbs/api/08_metrics.ipynb #cell-131
+def deal_anew(
+    scores: np.ndarray,  # [n] or their places
+    grades: np.ndarray,  # [n]
+    rng: np.random.Generator,
+) -> np.ndarray:  # [n] the same scores per grade, in another order
+    "Shuffle scores among the pairs of each grade."
+    out = scores.copy()
+    for grade in np.unique(grades):
+        at = np.flatnonzero(grades == grade)
+        out[at] = rng.permutation(scores[at])
+    return out
+
+# %% ../nbs/api/08_metrics.ipynb #cell-132
+REGRET = ('one', 'own', 'regret', 'regret_luck', 'regret_net')   # after `bacc_` and `f1_`
+
+def list_regret(
+    scores: np.ndarray,   # [n]
+    grades: np.ndarray,   # [n]
+    unit: np.ndarray,     # [n] the query, 0 to queries - 1: each has pairs on both sides
+    boundary: int,        # grades >= boundary against grades below
+    weights: np.ndarray,  # [queries] of the mean
+    deals: int = 10,      # how often scores are dealt anew
+    seed: int = 0,        # of the deals
+) -> dict[str, np.ndarray]:  # bacc_one ... f1_regret_net, [queries] each
+    "Each query's quality at one common cut and at its own, and how much of the difference is luck."
+    rng, out, place = np.random.default_rng(seed), {}, np.unique(-scores, return_inverse=True)[1]
+    for deal in range(deals + 1):                             # the first is the real one
+        of, at, quality = list_cuts(deal_anew(place, grades, rng) if deal else place, grades >= boundary, unit)
+        for name, nothing in dict(bacc=.5, f1=0.).items():
+            one, own, _ = one_and_own(of, at, quality[name], nothing, weights)
+            if deal: out[f'{name}_regret_luck'] += (own - one) / deals
+            else: out |= {f'{name}_{kind}': x for kind, x in zip(REGRET, (one, own, own - one, np.zeros_like(one)))}
+    return out | {f'{name}_regret_net': out[f'{name}_regret'] - out[f'{name}_regret_luck'] for name in ('bacc', 'f1')}
+
+# %% ../nbs/api/08_metrics.ipynb #cell-136
+def _regret_table(
+    pairs: pl.DataFrame,     # as from `_ordered_pairs`
+    boundary: int,           # grades >= boundary against grades below
+    weights: str = 'query',  # a key of `WEIGHTS`
+    seed: int = 0,           # of the deals
+) -> pl.DataFrame:  # as from `query_regret`
+    "The regret of each query that has pairs on both sides, null for the others."
+    pairs = pairs.with_columns(weight=pl.Series(pair_weights(pairs, weights)), upper=pl.col('grade') >= boundary)
+    sides = dict(weight=pl.col('weight').sum(), both=pl.col('upper').n_unique() == 2)
+    queries = pairs.group_by('query_id').agg(**sides).sort('query_id')
+    both = queries.filter('both').select('query_id', 'weight')
+    kept = pairs.join(both, on='query_id', how='semi', maintain_order='left')
+    found = list_regret(kept['score'].cast(pl.Float64).to_numpy(), kept['grade'].to_numpy(),
+                        kept['unit'].rank('dense').cast(pl.Int64).to_numpy() - 1, boundary, both['weight'].to_numpy(),
+                        seed=seed) if len(both) else {}
+    columns = [f'{quality}_{name}' for quality in ('bacc', 'f1') for name in REGRET]
+    table = both.select('query_id').with_columns(pl.Series(name, found.get(name, []), pl.Float64) for name in columns)
+    return queries.drop('both').join(table, on='query_id', how='left', maintain_order='left')
+
+# %% ../nbs/api/08_metrics.ipynb #cell-137
+def query_regret(
+    pairs: pl.DataFrame,       # query_id, product_id, grade, score
+    boundary: int,             # grades >= boundary against grades below
+    levels: int = len(Grade),  # levels of the grade scale
+    weights: str = 'query',    # a key of `WEIGHTS`: a query counts in the means with the weight of its pairs
+    seed: int = 0,             # of the deals
+) -> pl.DataFrame:  # query_id, weight, bacc_one ... f1_regret_net (null where one side is empty), by query_id
+    "What one threshold for all costs each query, at one boundary."
+    return _regret_table(_ordered_pairs(pairs, levels), boundary, weights, seed)
+
+# %% ../nbs/api/08_metrics.ipynb #cell-140
+def score_cells(
+    scores: np.ndarray,  # [n]
+    cells: int = 4096,   # at most
+) -> tuple[np.ndarray, np.ndarray]:  # the cell of each score [n], the mean score of each cell, ascending
+    "Cells along the score axis: one per distinct score if they are few, else with equal numbers of scores."
+    steps = np.unique(scores)
+    if len(steps) <= cells: return np.searchsorted(steps, scores), steps
+    edges = np.unique(np.quantile(scores, np.linspace(0, 1, cells + 1)[:-1], method='inverted_cdf'))
+    at = np.searchsorted(edges, scores, side='right') - 1
+    return at, np.bincount(at, scores) / np.bincount(at)
+
+# %% ../nbs/api/08_metrics.ipynb #cell-141
+def cell_masses(
+    at: np.ndarray,      # [n] the cell of each pair
+    upper: np.ndarray,   # [n] whether on the upper side
+    unit: np.ndarray,    # [n] the row of its query in the weights
+    mass: np.ndarray,    # [n] what the pair weighs within its query
+) -> Statistic:  # weights [queries, draws] -> masses [2, cells, draws], lower side first
+    "The score distributions of both sides as a function of the queries' weights."
+    cells = at.max() + 1
+    share = coo_array((mass, (upper * cells + at, unit)), shape=(2 * cells, unit.max() + 1)).tocsr()
+    return lambda weights: (share @ weights).reshape(2, cells, -1)
+
+# %% ../nbs/api/08_metrics.ipynb #cell-143
+def cell_measures(
+    upper: np.ndarray,  # [cells, draws] mass of the upper side
+    lower: np.ndarray,  # [cells, draws] mass of the lower side
+    x: np.ndarray,      # [cells] scores, ascending
+    tail: float = 0.1,  # of the gap, as in `quantile_gap`
+) -> dict[str, np.ndarray]:  # [draws] each
+    "AUC, KS, d-prime, gap and best thresholds from two distributions over cells."
+    above, below = upper.sum(axis=0), lower.sum(axis=0)
+    u, l = upper / above, lower / below
+    to_u, to_l = np.cumsum(u, axis=0), np.cumsum(l, axis=0)       # up to the end of a cell
+    right, wrong = 1 - to_u + u, 1 - to_l + l                     # at or above a cell
+    mean_u, mean_l = x @ u, x @ l
+    width = np.sqrt((((x[:, None] - mean_u)**2 * u).sum(axis=0) + ((x[:, None] - mean_l)**2 * l).sum(axis=0)) / 2)
+    width = np.where(width > 1e-9 * np.abs(x).max(), width, np.nan)
+    gap = x[(to_u >= tail - 1e-9).argmax(axis=0)] - x[(to_l >= 1 - tail - 1e-9).argmax(axis=0)]
+    out = dict(auc=(u * (to_l - l / 2)).sum(axis=0), ks=np.abs(right - wrong).max(axis=0),
+               d_prime=(mean_u - mean_l) / width, gap=gap, gap_sd=gap / width)
+    cuts, f1 = np.append(x[0], (x[1:] + x[:-1]) / 2), 2 * above * right / (above * right + below * wrong + above)
+    for name, quality in dict(bacc=(1 + right - wrong) / 2, f1=f1).items():
+        best = len(x) - 1 - np.round(quality, 12)[::-1].argmax(axis=0)
+        out |= {f'best_{name}': quality.max(axis=0), f'{name}_threshold': cuts[best]}
+    return {name: np.where(above * below > 0, value, np.nan) for name, value in out.items()}
+
+# %% ../nbs/api/08_metrics.ipynb #cell-146
+def boundary_separation(
+    scores: np.ndarray,  # any shape
+    grades: np.ndarray,  # same shape, -1 where not judged
+    boundary: int,       # grades >= boundary against grades below
+    weights: np.ndarray | None = None,  # same shape, default one each
+) -> dict[str, float]:  # auc, overlap, ks, d_prime, gap, gap_sd, best_bacc, bacc_threshold, best_f1, f1_threshold
+    "Every pooled measure of one boundary."
+    args = scores, grades, boundary, weights
+    cut, f1, gap = best_threshold(*args), best_f1(*args), quantile_gap(*args)
+    return dict(auc=boundary_auc(*args), overlap=overlap(*args[:3], weights=weights), ks=ks_distance(*args),
+                d_prime=d_prime(*args), gap=gap, gap_sd=gap / mean_distance(*args)[1], best_bacc=cut['bacc'],
+                bacc_threshold=cut['threshold'], best_f1=f1['f1'], f1_threshold=f1['threshold'])
+
+# %% ../nbs/api/08_metrics.ipynb #cell-148
+def regret_statistic(
+    table: pl.DataFrame,  # as from `query_regret`
+) -> tuple[list[str], Statistic]:  # names, and weights [queries, draws] -> means [names, draws]
+    "Weighted means over the queries that have pairs on both sides."
+    values = table.drop('query_id', 'weight')
+    mass = table['weight'].to_numpy() * values.to_series(0).is_not_null().to_numpy()
+    products = values.fill_null(0).to_numpy().T * mass
+    return values.columns, lambda weights: products @ weights / (mass @ weights)
+
+# %% ../nbs/api/08_metrics.ipynb #cell-150
+def boundary_draws(
+    pairs: pl.DataFrame,   # as from `_ordered_pairs`
+    boundary: int,         # grades >= boundary against grades below
+    counts: np.ndarray,    # [queries, draws] how often each draw takes each query
+    weights: str = 'query',  # a key of `WEIGHTS`
+    seed: int = 0,         # of the deals
+) -> tuple[dict[str, float], np.ndarray]:  # value of each measure, and [measures, draws]
+    "The separation at one boundary, as it is and in each bootstrap draw."
+    scores, grades, unit = (pairs[c].to_numpy() for c in ('score', 'grade', 'unit'))
+    scores, mass, upper = scores.astype(np.float64), pair_weights(pairs, weights), grades >= boundary
+    values = boundary_separation(scores, grades, boundary, mass)
+    names, means = regret_statistic(_regret_table(pairs, boundary, weights, seed))
+    at, x = score_cells(scores)
+    masses, area = cell_masses(at, upper, unit, mass), overlap_statistic(score_bins(scores), upper, unit, mass=mass)
+    def statistic(drawn):
+        lower, higher = masses(drawn)
+        found = cell_measures(higher, lower, x) | dict(overlap=area(drawn))
+        return np.concatenate([np.stack([found[name] for name in values]), means(drawn)])
+    as_it_is = _draw(means, np.ones((len(counts), 1)))[:, 0]
+    return values | dict(zip(names, as_it_is)), _draw(statistic, counts)
+
+# %% ../nbs/api/08_metrics.ipynb #cell-152
+def _separation_draws(
+    pairs: pl.DataFrame,   # query_id, product_id, grade, score
+    levels: int,           # levels of the grade scale
+    weights: str,          # a key of `WEIGHTS`
+    draws: int,            # bootstrap draws of the queries
+    seed: int,             # of draws and deals
+) -> tuple[pl.DataFrame, np.ndarray]:  # measure, boundary, value [rows]; the values in each draw [rows, draws]
+    "The separation at every boundary, the highest first."
+    pairs, parts = _ordered_pairs(pairs, levels), []
+    queries = pairs['unit'].max() + 1
+    counts = np.random.default_rng(seed).multinomial(queries, np.full(queries, 1 / queries), size=draws).T
+    if queries == 1: counts = counts[:, :0]                # one query says nothing about other queries
+    for k in range(levels - 1, 0, -1):
+        values, drawn = boundary_draws(pairs, k, counts, weights, seed)
+        parts.append((pl.DataFrame(dict(measure=list(values), boundary=k, value=list(values.values()))), drawn))
+    return pl.concat(part for part, _ in parts), np.concatenate([drawn for _, drawn in parts])
+
+# %% ../nbs/api/08_metrics.ipynb #cell-154
+OPTIMA = ('overlap', 'ks', 'best_bacc', 'best_f1')   # chance moves these to one side
+
+def _intervals(
+    table: pl.DataFrame,  # measure, value [rows]
+    drawn: np.ndarray,    # [rows, draws], NaN where a draw leaves one side empty
+    level: float,         # of the interval
+) -> dict[str, np.ndarray]:  # low and high [rows]
+    "Bootstrap interval of each row: percentile, or mirrored for `OPTIMA`; NaN for a row without a single draw."
+    out = np.full((len(drawn), 2), np.nan)
+    for row, (measure, value) in enumerate(table['measure', 'value'].iter_rows()):
+        if np.isnan(drawn[row]).all(): continue
+        out[row] = np.nanquantile(drawn[row], [(1 - level) / 2, (1 + level) / 2])
+        if measure in OPTIMA: out[row] = 2 * value - out[row][::-1]
+    return dict(zip(('low', 'high'), out.T))
+
+# %% ../nbs/api/08_metrics.ipynb #cell-159
+def separation(
+    pairs: pl.DataFrame,       # query_id, product_id, grade (-1 unjudged), score: every pair that counts
+    levels: int = len(Grade),  # levels of the grade scale
+    weights: str = 'query',    # what weighs one: 'query', 'cell' (a grade of a query) or 'pair'
+    draws: int = 1000,         # bootstrap draws of the queries; 0 for the values alone
+    seed: int = 0,             # of the draws, and of the deals behind `regret_luck`
+    level: float = 0.95,       # of the interval
+) -> pl.DataFrame:  # measure, boundary, value, low, high: one row per boundary and measure
+    "How well one global scale separates the grades, with bootstrap intervals over queries."
+    table, drawn = _separation_draws(pairs, levels, weights, draws, seed)
+    table = table.with_columns(pl.Series(k, v) for k, v in _intervals(table, drawn, level).items())
+    low_high = pl.col('low', 'high')
+    inside = pl.when(pl.col('measure').is_in(OPTIMA)).then(low_high.clip(0, 1)).otherwise(low_high)
+    return table.with_columns(inside).with_columns(pl.selectors.float().fill_nan(None))
+
+# %% ../nbs/api/08_metrics.ipynb #cell-166
+def compare_separation(
+    a: pl.DataFrame,           # pairs of one model: query_id, product_id, grade, score
+    b: pl.DataFrame,           # the same pairs with another model's scores
+    levels: int = len(Grade),  # levels of the grade scale
+    weights: str = 'query',    # what weighs one: 'query', 'cell' or 'pair'
+    draws: int = 1000,         # bootstrap draws of the queries, the same for both
+    seed: int = 0,             # of draws and deals
+    level: float = 0.95,       # of the interval
+) -> pl.DataFrame:  # measure, boundary, a, b, difference (b - a), low, high
+    "Difference of each separation measure with its paired bootstrap interval."
+    key = ['query_id', 'product_id', 'grade']
+    left, right = (_ordered_pairs(p, levels).select(key).cast({'grade': pl.Int64}).sort(key) for p in (a, b))
+    if not left.equals(right):
+        only = [len(x.join(y, on=key, how='anti')) for x, y in ((left, right), (right, left))]
+        raise ValueError(f'compare_separation: not the same judged pairs: {only[0]} only in a, {only[1]} only in b, of '
+                         f'{len(left)} and {len(right)}; score the same judgments with both models')
+    (one, drawn_a), (other, drawn_b) = (_separation_draws(p, levels, weights, draws, seed) for p in (a, b))
+    change = one.with_columns(value=other['value'] - one['value'])
+    low_high = _intervals(change, drawn_b - drawn_a, level)
+    found = dict(a=one['value'], b=other['value'], difference=change['value'], **low_high)
+    return one.select('measure', 'boundary', *(pl.Series(k, v) for k, v in found.items())).with_columns(
+        pl.selectors.float().fill_nan(None))

@@ -10,14 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ir_measures import P, R, nDCG
-from scipy.stats import kstest, permutation_test, rankdata
-from sklearn.metrics import balanced_accuracy_score, f1_score, ndcg_score
+from scipy.stats import ks_2samp, kstest, permutation_test, rankdata
+from sklearn.metrics import balanced_accuracy_score, f1_score, ndcg_score, roc_auc_score
 
 from mine_refine_nb.data import make_data
 from mine_refine_nb.encoder import Embeddings
 from mine_refine_nb.metrics import (
-    HEADLINE, auc_statistic, best_threshold, boundary_auc, boundary_metrics, compare, difference_test, evaluate, holm,
-    mean_statistic, overlap, pooled_statistic, rank_metrics, ranking_measures, running_sum, top_k)
+    HEADLINE, auc_statistic, best_threshold, boundary_auc, boundary_draws, boundary_metrics, boundary_separation,
+    cell_masses, cell_measures, compare, compare_separation, condensed_run, d_prime, difference_test, evaluate, holm,
+    ks_distance, mean_statistic, overlap, pair_weights, pooled_statistic, quantile_gap, query_regret, rank_metrics,
+    ranking_measures, running_sum, score_cells, separation, top_k, weighted_quantile)
 
 EXPONENTIAL = {0: 0, 1: 1, 2: 3}
 
@@ -55,6 +57,7 @@ def toy(queries=8, judged=12, catalogue=60, seed=0):
 
 
 quick = settings(deadline=None, max_examples=60)      # the first call of a library may be slow
+brief = settings(deadline=None, max_examples=15)      # for whole tables
 
 
 # ------------------------------------------------------------------------------------------ boundaries
@@ -505,3 +508,282 @@ def test_holm_rejects_what_its_step_down_rule_rejects(p):
             rank += 1
         assert {i for i in range(len(p)) if corrected[i] <= alpha} == rejected
     assert (np.isnan(corrected) == np.isnan(np.array(p, dtype=float))).all()
+
+
+# ------------------------------------------------------------------------------------------ separation
+
+POOLED = ['auc', 'overlap', 'ks', 'd_prime', 'gap', 'gap_sd', 'best_bacc', 'bacc_threshold', 'best_f1', 'f1_threshold']
+UNITLESS = ['auc', 'ks', 'best_bacc', 'best_f1', 'bacc_one', 'bacc_own', 'bacc_regret', 'f1_one', 'f1_own', 'f1_regret']
+
+
+def values_of(table, boundary=1):
+    return {m: v for m, k, v in table['measure', 'boundary', 'value'].iter_rows() if k == boundary}
+
+
+def scored(queries=12, judged=8, drift=0., seed=0, levels=3):
+    "Pairs whose score follows the grade, plus noise, plus an offset of the query; to 3 digits: some tie."
+    rng = np.random.default_rng(seed)
+    q = np.repeat(np.arange(queries), judged)
+    grade = rng.permuted(np.tile(np.arange(judged) % levels, (queries, 1)), axis=1).ravel()
+    score = (.2 * grade + .2 * rng.normal(size=q.size) + drift * rng.normal(size=queries)[q]).round(3)
+    return pl.DataFrame(dict(query_id=[f'q{i:03}' for i in q], product_id=[f'p{i:04}' for i in range(q.size)],
+                             grade=grade.astype(np.int8), score=score))
+
+
+@brief
+@given(graded, st.integers(1, 3), st.integers(0, 10**6))
+def test_a_weight_is_that_many_copies(sample, boundary, seed):
+    scores, grades = sample
+    copies = np.random.default_rng(seed).integers(0, 4, scores.size)
+    copies[-2:] += 1                                                       # both sides stay
+    mine = boundary_separation(scores, grades, boundary, copies)
+    assert list(mine) == POOLED
+    again = boundary_separation(np.repeat(scores, copies), np.repeat(grades, copies), boundary)
+    assert mine == pytest.approx(again, nan_ok=True)
+
+
+@brief
+@given(graded, st.integers(1, 3), st.integers(0, 10**6))
+def test_weighted_measures_against_sklearn_and_scipy(sample, boundary, seed):
+    scores, grades = sample
+    weights = np.random.default_rng(seed).random(scores.size) + .01
+    s, up, w = scores[grades >= 0], grades[grades >= 0] >= boundary, weights[grades >= 0]
+    got = boundary_separation(scores, grades, boundary, weights)
+    assert got['auc'] == pytest.approx(roc_auc_score(up, s, sample_weight=w))
+    assert got['best_bacc'] == pytest.approx(max(balanced_accuracy_score(up, s >= c, sample_weight=w) for c in s))
+    assert got['best_f1'] == pytest.approx(max(f1_score(up, s >= c, sample_weight=w) for c in s))
+    assert got['best_f1'] == pytest.approx(f1_score(up, s >= got['f1_threshold'], sample_weight=w))
+    with np.errstate(divide='ignore'):                                # of scipy's p-value where a side has one pair
+        theirs = ks_2samp(s[up], s[~up], method='asymp').statistic
+    assert ks_distance(scores, grades, boundary) == pytest.approx(theirs)
+    for q in (.1, .5, .9):
+        assert weighted_quantile(s, w, q) == np.quantile(s, q, weights=w, method='inverted_cdf')
+
+
+@brief
+@given(graded, st.integers(1, 3))
+def test_what_a_change_of_scale_leaves_alone(sample, boundary):
+    scores, grades = sample
+    maps = scores, np.exp(2 * scores), 5 * scores + 3
+    plain, bent, stretched = (boundary_separation(x, grades, boundary) for x in maps)
+    for m in ('auc', 'ks', 'best_bacc', 'best_f1'):
+        assert bent[m] == pytest.approx(plain[m])
+    for m in ('auc', 'ks', 'd_prime', 'gap_sd', 'best_bacc', 'best_f1'):
+        assert stretched[m] == pytest.approx(plain[m], nan_ok=True)
+    assert stretched['gap'] == pytest.approx(5 * plain['gap'])
+    assert plain['best_bacc'] <= (1 + plain['ks']) / 2 + 1e-12             # KS looks at both directions
+
+
+def test_gap_and_d_prime_by_hand():
+    scores, grades = np.array([.05, .1, .2, .3, .4, .5, .3, .6, .7, .8]), np.array([0] * 6 + [2] * 4)
+    # 90% of six is reached at the sixth: .5; 10% of four at the first: .3
+    assert quantile_gap(scores, grades, 2) == pytest.approx(.3 - .5)
+    assert quantile_gap(scores, grades, 2, tail=.4) == pytest.approx(.6 - .3)
+    high, low = scores[6:], scores[:6]
+    width = np.sqrt((high.var() + low.var()) / 2)
+    assert d_prime(scores, grades, 2) == pytest.approx((high.mean() - low.mean()) / width)
+    assert np.isnan(d_prime([.3, .3, .3], [0, 2, 2], 2)) and np.isnan(d_prime([.3], [2], 2))
+
+
+@brief
+@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from(['query', 'cell', 'pair']))
+def test_one_and_own_by_trying_every_cut(seed, queries, weights):
+    rng = np.random.default_rng(seed)
+    pairs = pl.concat(scored(1, int(rng.integers(2, 7)), seed=seed + q).with_columns(
+        query_id=pl.lit(f'q{q}'), score=pl.col('score').round(1)) for q in range(queries))
+    parts = pairs.partition_by('query_id', maintain_order=True)
+    lists = [(p['score'].to_numpy(), p['grade'].to_numpy() >= 1) for p in parts]
+    mass = [dict(query=1, cell=min(len(u), 3), pair=len(u))[weights] for _, u in lists]
+    table = query_regret(pairs, 1, weights=weights)
+    assert table['weight'].to_list() == pytest.approx(mass)
+    for name, quality in dict(bacc=balanced_accuracy_score, f1=f1_score).items():
+        own = [max(quality(u, s >= c) for c in s) for s, u in lists]
+        at = [[quality(u, s >= c) for s, u in lists] for c in pairs['score'].unique()]
+        assert table[f'{name}_own'].to_list() == pytest.approx(own)
+        best = max(np.average(x, weights=mass) for x in at)
+        assert np.average(table[f'{name}_one'], weights=mass) == pytest.approx(best)
+        assert any(table[f'{name}_one'].to_list() == pytest.approx(x) for x in at)
+
+
+def test_regret_by_hand_and_null_where_a_side_is_empty():
+    rows = [('a', .9, 2), ('a', .8, 0), ('b', .5, 1), ('b', .4, 0), ('c', .7, 2), ('d', .1, 0)]
+    pairs = pl.DataFrame(rows, schema=['query_id', 'score', 'grade'], orient='row').with_columns(product_id=pl.lit('p'))
+    table = query_regret(pairs, 1)
+    # a cut at .9 parts a and keeps nothing of b, one at .5 parts b and keeps all of a: 3/4 either way, the higher wins
+    assert table['bacc_one'].to_list() == [1, .5, None, None] and table['bacc_own'].to_list() == [1, 1, None, None]
+    assert table['bacc_regret'].to_list() == [0, .5, None, None]
+    assert values_of(separation(pairs, draws=20))['bacc_regret'] == .25
+    assert values_of(separation(pairs, draws=20))['f1_own'] == 1
+    assert table['f1_one'].to_list() == pytest.approx([2 / 3, 1, None, None])     # .5: a keeps one wrong, b is right
+
+
+def test_luck_is_all_of_the_regret_without_drift_and_little_of_it_with():
+    calm, restless = (values_of(separation(scored(150, 6, drift), draws=2)) for drift in (0., .5))
+    assert calm['bacc_regret'] > .08 and abs(calm['bacc_regret_net']) < .02
+    assert restless['bacc_regret_net'] > .1 and abs(calm['f1_regret_net']) < .02 < restless['f1_regret_net']
+
+
+@brief
+@given(st.integers(0, 10**6))
+def test_an_offset_per_query_leaves_the_ranking_and_costs_the_separation(seed):
+    calm = scored(30, 9, seed=seed)
+    lifts = np.random.default_rng(seed).normal(0, .5, 30).round(3)
+    lift = dict(zip(calm['query_id'].unique(maintain_order=True), lifts))
+    shifted = calm.with_columns(score=(pl.col('score') + pl.col('query_id').replace_strict(lift)).round(3))
+    order = lambda p: condensed_run(p, calm['product_id'].to_list())
+    assert order(calm) == order(shifted)
+    before, after = (values_of(separation(p, draws=1)) for p in (calm, shifted))
+    assert after['bacc_own'] == pytest.approx(before['bacc_own']) and after['f1_own'] == pytest.approx(before['f1_own'])
+    for m in ('auc', 'ks', 'd_prime', 'gap_sd', 'best_bacc', 'bacc_one'):
+        assert after[m] < before[m]
+    assert after['bacc_regret_net'] > before['bacc_regret_net']
+
+
+@brief
+@given(st.integers(0, 10**6), st.integers(2, 5))
+def test_repeating_the_judgments_of_a_query_changes_nothing_where_queries_weigh_one(seed, times):
+    pairs = scored(6, 7, .2, seed)
+    again = pl.concat([pairs, *[pairs.filter(query_id='q002')] * (times - 1)])
+    for weights in ('query', 'cell'):
+        one, more = (values_of(separation(p, weights=weights, draws=1)) for p in (pairs, again))
+        names = [m for m in one if not m.endswith(('luck', 'net'))]        # those are dealt from the pairs
+        assert {m: one[m] for m in names} == pytest.approx({m: more[m] for m in names})
+    one, more = (values_of(separation(p, weights='pair', draws=1)) for p in (pairs, again))
+    assert one['d_prime'] != more['d_prime']
+
+
+def test_pair_weights_give_the_numbers_of_the_evaluation(mixed):
+    _, found = mixed
+    for pairs, theirs in ((found.pairs, found.pairwise), (found.pairs.filter('listed'), found.values)):
+        table = separation(pairs, weights='pair', draws=5)
+        assert table.columns == ['measure', 'boundary', 'value', 'low', 'high'] and set(table['boundary']) == {1, 2}
+        for k in (2, 1):
+            mine = values_of(table, k)
+            assert [mine[m] for m in ('auc', 'overlap', 'best_bacc', 'bacc_threshold')] == [
+                theirs[f'{m}_{k}'] for m in ('auc', 'overlap', 'bacc', 'threshold')]
+
+
+def test_draws_are_real_draws_of_queries():
+    pairs = scored(9, 7, .2).sort('query_id', 'product_id').with_columns(
+        unit=pl.col('query_id').rank('dense').cast(pl.Int64) - 1)
+    counts = np.random.default_rng(0).multinomial(9, np.full(9, 1 / 9), size=8).T
+    for weights in ('query', 'cell', 'pair'):
+        values, drawn = boundary_draws(pairs, 1, counts, weights)
+        table = query_regret(pairs, 1, weights=weights)
+        for i in range(8):
+            mass = pair_weights(pairs, weights) * counts[pairs['unit'], i]
+            exact = boundary_separation(pairs['score'], pairs['grade'], 1, mass)
+            for row, name in enumerate(values):
+                if name in ('overlap', 'bacc_threshold', 'f1_threshold'): continue              # bins and cuts stay put
+                mean = lambda: np.average(table[name], weights=counts[:, i] * table['weight'])
+                assert drawn[row, i] == pytest.approx(exact[name] if name in exact else mean()), name
+        as_it_is = boundary_draws(pairs, 1, np.ones((9, 1), int), weights)[1][:, 0]
+        assert as_it_is == pytest.approx(list(values.values()))
+
+
+def test_cells_cost_next_to_nothing():
+    rng = np.random.default_rng(0)
+    upper = rng.random(30_000) < .3
+    scores = upper + rng.normal(size=upper.size)
+    scores[:3000] = .123                                                   # a large tie stays in one cell
+    at, x = score_cells(scores, 1000)
+    assert len(x) <= 1000 and (np.diff(x) > 0).all() and len(set(at[:3000])) == 1 and np.bincount(at).max() < 3100
+    lower, higher = cell_masses(at, upper, np.zeros(upper.size, int), np.ones(upper.size))(np.ones((1, 1)))
+    found, exact = cell_measures(higher, lower, x), boundary_separation(scores, upper * 1, 1)
+    for name in found:
+        assert found[name][0] == pytest.approx(exact[name], abs=.03 if name.endswith('threshold') else 3e-3), name
+
+
+def test_the_interval_of_a_pooled_auc_covers_it():
+    covered = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        unit, upper = np.repeat(np.arange(40), 6), np.tile([0, 1] * 3, 40)
+        score = rng.normal(size=240) + rng.normal(size=40)[unit]           # no separation at all: AUC 1/2
+        at, x = score_cells(score)
+        counts = rng.multinomial(40, np.full(40, 1 / 40), size=200).T.astype(float)
+        lower, higher = cell_masses(at, upper == 1, unit, np.ones(240))(counts)
+        low, high = np.quantile(cell_measures(higher, lower, x)['auc'], [.025, .975])
+        covered += low <= .5 <= high
+    assert 88 <= covered <= 99
+
+
+def test_the_mirrored_interval_of_an_optimum_covers_more_than_the_percentiles_would():
+    made = lambda rng, n: (rng.normal(size=8 * n) + np.tile([0, 1] * 4, n) * 1., np.repeat(np.arange(n), 8))
+    true = ks_distance(made(np.random.default_rng(9), 30_000)[0], np.tile([0, 1] * 4, 30_000), 1)
+    covered = np.zeros(2)
+    for seed in range(60):
+        score, unit = made(np.random.default_rng(seed), 25)
+        pairs = pl.DataFrame(dict(query_id=unit, product_id=np.arange(200), grade=np.tile([0, 1] * 4, 25), score=score))
+        value, low, high = separation(pairs, levels=2, draws=100).filter(measure='ks').row(0)[2:]
+        covered += low <= true <= high, 2 * value - high <= true <= 2 * value - low
+    assert covered[0] >= 48 > covered[1]
+
+
+def test_what_cannot_be_measured_is_null():
+    pairs = scored(5, 6).with_columns(grade=pl.col('grade').clip(0, 1))
+    table = separation(pairs, draws=30)
+    assert table.filter(boundary=2).select('value', 'low', 'high').null_count().row(0) == (20, 20, 20)
+    assert table.filter(boundary=1).null_count().row(0) == (0, 0, 0, 0, 0)
+    alone = separation(scored(1, 6), draws=30)
+    assert alone['value'].null_count() == 0 and alone['low'].null_count() == alone['high'].null_count() == len(alone)
+    assert separation(pairs, draws=0).null_count().row(0) == (0, 0, 20, 40, 40)
+    flat = values_of(separation(pairs.with_columns(score=.5), draws=30))
+    assert flat['d_prime'] is flat['gap_sd'] is None
+    assert (flat['auc'], flat['ks'], flat['gap'], flat['best_bacc']) == (.5, 0, 0, .5)
+    one_side_each = separation(scored(6, 1).with_columns(grade=pl.Series([0, 0, 0, 2, 2, 2])), draws=30)
+    found = values_of(one_side_each)
+    assert found['bacc_regret'] is found['f1_regret_net'] is None and found['auc'] is not None
+    assert one_side_each.filter(measure='auc', boundary=1).null_count().sum_horizontal()[0] == 0
+
+
+def test_separation_says_what_is_wrong():
+    pairs = scored(3, 4)
+    broken = pairs.with_columns(score=pl.when(pl.col('product_id') == 'p0005').then(float('nan')).otherwise('score'))
+    with pytest.raises(ValueError, match='1 pairs have a score that is .*, the first is query q001, product p0005'):
+        separation(broken)
+    with pytest.raises(ValueError, match='3 pairs have a grade outside 0 to 1, the first is query q000'):
+        separation(pairs, levels=2)
+    with pytest.raises(ValueError, match='no column grade, score'):
+        separation(pairs.drop('grade', 'score'))
+    with pytest.raises(ValueError, match='no judged pairs'):
+        separation(pairs.with_columns(grade=pl.lit(-1)))
+    with pytest.raises(ValueError, match="weights='pairs': choose from 'query', 'cell', 'pair'"):
+        separation(pairs, weights='pairs')
+    with pytest.raises(ValueError, match='NaN or infinite, the first in row 1'):
+        boundary_auc([.1, np.inf, .3], [0, 1, 1], 1)
+    with pytest.raises(ValueError, match='3 scores, 2 grades'):
+        boundary_auc([.1, .2, .3], [0, 1], 1)
+    with pytest.raises(ValueError, match='not negative'):
+        d_prime([.1, .2], [0, 1], 1, [1, -1])
+
+
+def test_separation_is_seeded_and_ignores_unjudged_pairs_and_the_order_of_rows():
+    pairs = scored(8, 6, .1)
+    more = pl.concat([pairs, pairs.with_columns(grade=pl.lit(-1, pl.Int8), score=.99)])
+    more = more.sample(fraction=1, shuffle=True, seed=3)
+    table = separation(pairs, draws=50, seed=1)
+    assert separation(more, draws=50, seed=1).equals(table)
+    assert not separation(pairs, draws=50, seed=2)['low'].equals(table['low'])
+    wide, narrow = (separation(pairs, draws=200, level=x).filter(measure='auc')['high'][0] for x in (.99, .5))
+    assert narrow < wide
+    assert separation(scored(8, 6, levels=4), levels=4, draws=2)['boundary'].unique().sort().to_list() == [1, 2, 3]
+
+
+def test_two_models_on_the_same_pairs():
+    a, b = scored(40, 6, .0), scored(40, 6, .3)
+    table = compare_separation(a, b, draws=200)
+    alone = separation(a, draws=200), separation(b, draws=200)
+    assert table.columns == ['measure', 'boundary', 'a', 'b', 'difference', 'low', 'high']
+    assert table['a'].equals(alone[0]['value'].alias('a')) and table['b'].equals(alone[1]['value'].alias('b'))
+    row = table.filter(measure='auc', boundary=1).row(0, named=True)
+    assert row['low'] < row['difference'] < row['high'] < 0
+    same = compare_separation(a, a.sample(fraction=1, shuffle=True, seed=0), draws=50)
+    assert not any(same.select(pl.col('difference', 'low', 'high').abs().max()).row(0))
+    near = a.with_columns(score=(pl.col('score') + .02 * np.random.default_rng(0).normal(size=len(a))).round(4))
+    paired = compare_separation(a, near, draws=200).filter(measure='auc', boundary=1)
+    width = lambda t: (t['high'] - t['low'])[0]
+    assert width(paired) < width(alone[0].filter(measure='auc', boundary=1)) / 2    # the same queries for both
+    regraded = pl.when(pl.col('product_id') == 'p0003').then((pl.col('grade') + 1) % 3).otherwise('grade').cast(pl.Int8)
+    with pytest.raises(ValueError, match='1 only in a, 1 only in b, of 240 and 240'):
+        compare_separation(a, b.with_columns(grade=regraded))
