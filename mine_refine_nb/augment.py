@@ -479,12 +479,13 @@ def forms_of(texts: Iterable[str]) -> set[str]:
 
 # %% ../nbs/api/05_augment.ipynb #cell-80
 def copies_of(
-    text: str, draft: Draft, settings: Spelling, shares: dict, language: str,  # as in `misspell_draft`
+    draft: Draft, settings: Spelling, shares: dict, language: str,  # as in `misspell_draft`
+    own: str,  # normal form of the query
     taken: set[str],  # texts and normal forms of all queries and copies; grows
     rng: Random,
 ) -> list[tuple[str, list[str]]]:  # at most settings.copies
     "The copies of one query, each free of collisions."
-    own, copies = form_of(text), []
+    copies = []
     for _ in range(settings.copies):
         for _ in range(TRIES):
             made, names = misspell_draft(draft, settings, shares, language, rng)
@@ -505,20 +506,21 @@ def misspell(
     brands: Iterable[str | None] = (),              # to be handled with care
 ) -> pl.DataFrame:  # row (place in texts), source, text, operators (joined by +), in the order of the texts
     "Misspell queries as people do."
-    known, taken, shares, rng = known_brands(brands), forms_of(texts) | forms_of(avoid), {}, Random()
+    known, forms, shares, rng = known_brands(brands), [*map(form_of, texts)], {}, Random()
+    taken = {*texts, *forms} | forms_of(avoid)
     rows, made, operators = [], [], []    # columns: a million small tuples would keep the garbage collector busy
     for row, (text, locale) in enumerate(zip(texts, locales if locales is not None else [None] * len(texts), strict=True)):
         rng.seed(crc32(f'{settings.seed}\t{locale or ""}\t{text}'.encode()))
         if rng.random() >= settings.share: continue
         draft = draft_query(text, known, settings.brand_rate)
         if draft.present <= BRANDED and rng.random() >= settings.brand_rate: continue
-        for copy, names in copies_of(text, draft, settings, shares, typing_language(locale), taken, rng):
+        for copy, names in copies_of(draft, settings, shares, typing_language(locale), forms[row], taken, rng):
             rows.append(row)
             made.append(copy)
             operators.append('+'.join(names))
     return pl.DataFrame(dict(row=rows, source=[texts[row] for row in rows], text=made, operators=operators), schema=MISSPELLED)
 
-# %% ../nbs/api/05_augment.ipynb #cell-91
+# %% ../nbs/api/05_augment.ipynb #cell-101
 PROVENANCE = dict(query_id=pl.String, source_query_id=pl.String, product_id=pl.String, kind=pl.String, operator=pl.String)
 
 
@@ -539,7 +541,7 @@ def without_leaks(
     both = pl.concat([unseen, new.select('query', split=pl.lit('train'))])
     return new.filter(~pl.Series(find_leaks(both)[len(unseen):], dtype=pl.Boolean))
 
-# %% ../nbs/api/05_augment.ipynb #cell-93
+# %% ../nbs/api/05_augment.ipynb #cell-103
 MODES = ('additive', 'replace', 'tie')
 
 
@@ -564,7 +566,7 @@ def augment_spelling(
     pairs = copies.select('clean', pl.col('query').alias('misspelled'), 'locale') if mode == 'tie' else None
     return Augmented(replace(data, judgments=pl.concat([clean, rows]), notes=(*data.notes, note)), provenance, pairs)
 
-# %% ../nbs/api/05_augment.ipynb #cell-95
+# %% ../nbs/api/05_augment.ipynb #cell-105
 def judge_copies(
     copies: pl.DataFrame,      # query_id, query, source_query_id
     judgments: pl.DataFrame,   # of the clean queries
@@ -574,7 +576,7 @@ def judge_copies(
     rows = copied.join(judgments, left_on='source_query_id', right_on='query_id', how='left', maintain_order='left')
     return rows.with_columns(query_id='new_id', query='new').select(judgments.columns)
 
-# %% ../nbs/api/05_augment.ipynb #cell-99
+# %% ../nbs/api/05_augment.ipynb #cell-109
 def sample_queries(
     count: int,    # at most 30,000
 ) -> tuple[list[str], list[str]]:  # distinct texts, their locales
@@ -589,7 +591,7 @@ def sample_queries(
              for locale, parts in words.items() for a in parts[0].split() for b in parts[1].split() for c in parts[2].split()]
     return tuple(map(list, zip(*texts[:count])))
 
-# %% ../nbs/api/05_augment.ipynb #cell-101
+# %% ../nbs/api/05_augment.ipynb #cell-111
 def spelling_speed(
     n: int = 20_000,    # queries to time, at most 30,000
     settings: Spelling = Spelling(share=1.0),
@@ -600,7 +602,7 @@ def spelling_speed(
     made = misspell(texts, locales, settings)
     return (time.process_time() - start) / len(made) * 1e6
 
-# %% ../nbs/api/05_augment.ipynb #cell-104
+# %% ../nbs/api/05_augment.ipynb #cell-114
 FACTS = ('thing', 'brand', 'colour', 'material', 'size')
 COLOURS = dict(en='black white red blue green yellow pink purple orange grey gray brown beige navy silver gold charcoal',
                es='negro negra blanco blanca rojo roja azul verde amarillo amarilla rosa morado gris marrón beige plata dorado',
@@ -612,7 +614,7 @@ UNITS = ('gb tb ml cl l kg g mg cm mm m inch inches in oz lb w v mah count pack 
          'ギガ キロ グラム センチ リットル ミリ インチ 個 枚 本 袋').split()
 SIZE = rf'(?i)(\d+(?:[.,]\d+)?\s?(?:{"|".join(sorted(UNITS, key=len, reverse=True))}))(?:[^\p{{Latin}}\d]|$)'
 
-# %% ../nbs/api/05_augment.ipynb #cell-106
+# %% ../nbs/api/05_augment.ipynb #cell-116
 def title_thing(
     title: str,
     known: Iterable[str | None],  # facts that the title says as well: brand, colour, material, size
@@ -623,7 +625,7 @@ def title_thing(
     words = re.findall(r"(?<![^\W_])[^\W\d_][^\W\d_'-]*(?![^\W_])", head)
     return ' '.join(words[:4]) or None
 
-# %% ../nbs/api/05_augment.ipynb #cell-108
+# %% ../nbs/api/05_augment.ipynb #cell-118
 def product_facts(
     products: pl.DataFrame,  # PRODUCT_COLUMNS
 ) -> pl.DataFrame:  # product_id, locale, said (all its words, folded), top (of the category path), and FACTS, null where unknown
@@ -643,10 +645,10 @@ def product_facts(
     things = [leaf or title_thing(*rest) for leaf, *rest in facts.select('leaf', 'title', pl.concat_list(FACTS[1:])).iter_rows()]
     return facts.with_columns(thing=pl.Series(things, dtype=pl.String)).select('product_id', 'locale', 'said', 'top', *FACTS)
 
-# %% ../nbs/api/05_augment.ipynb #cell-111
+# %% ../nbs/api/05_augment.ipynb #cell-121
 ORDER = dict(    # how a language lines facts up
     en='{brand} {colour} {material} {thing} {size}', es='{thing} {material} {colour} {brand} {size}', ja='{brand} {thing} {material} {colour} {size}')
-SYNTHETIC = dict(query=pl.String, locale=pl.String, product_id=pl.String, grade=pl.Int8, kind=pl.String, facts=pl.String, exchanged=pl.String)
+SYNTHETIC = dict(query=pl.String, locale=pl.String, product_id=pl.String, grade=pl.Int8, kind=pl.String, facts=pl.String, exchanged=pl.String, author=pl.String)
 
 
 def write_template(
@@ -656,7 +658,7 @@ def write_template(
     "A query that asks for these facts, in the order of the language."
     return ' '.join(ORDER[language].format(**{name: facts.get(name) or '' for name in FACTS}).split())
 
-# %% ../nbs/api/05_augment.ipynb #cell-113
+# %% ../nbs/api/05_augment.ipynb #cell-123
 def exchange(
     product: Mapping[str, str],          # a row of `product_facts`
     asked: Sequence[str],                # names of the facts that the query asks for
@@ -673,7 +675,7 @@ def exchange(
         if top is not None and product['top'] is not None and top != product['top']: return fact, value, 0
     return None
 
-# %% ../nbs/api/05_augment.ipynb #cell-116
+# %% ../nbs/api/05_augment.ipynb #cell-126
 def trainable(
     data: RelevanceData,
 ) -> pl.DataFrame:  # products judged for a training query, or for none
@@ -682,14 +684,14 @@ def trainable(
     unseen = judged.filter(~pl.col('seen'))
     return data.products.join(unseen, on='product_id', how='anti', maintain_order='left')
 
-# %% ../nbs/api/05_augment.ipynb #cell-118
+# %% ../nbs/api/05_augment.ipynb #cell-128
 def template_queries(
     data: RelevanceData,
     count: int,                 # to write; fewer come back where the facts do not suffice
     near_miss: float = 0.3,     # share of the queries with one fact exchanged
     long_tail: float = 0.3,     # share of the queries that ask for three facts or more
     seed: int = 0,
-) -> pl.DataFrame:  # SYNTHETIC: query, locale, product_id, grade, kind, facts asked for, fact exchanged; one row per query
+) -> pl.DataFrame:  # SYNTHETIC: query, locale, product_id, grade, kind, facts asked for, fact exchanged, author; one row per query
     "Queries written from product facts, graded by rule for the product they were written from."
     if not 0 <= min(near_miss, long_tail) <= near_miss + long_tail <= 1:
         raise ValueError(f'augment: near_miss={near_miss} and long_tail={long_tail} are shares; together they are at most 1')
@@ -703,7 +705,7 @@ def template_queries(
         rows.append(row)
     return without_leaks(pl.DataFrame(rows, schema=SYNTHETIC, orient='row'), data.queries)
 
-# %% ../nbs/api/05_augment.ipynb #cell-120
+# %% ../nbs/api/05_augment.ipynb #cell-130
 def value_pool(facts: pl.DataFrame) -> dict[tuple, list[tuple]]:
     "All values of each fact per locale, with the top of their category path."
     pool = {}
@@ -711,7 +713,7 @@ def value_pool(facts: pl.DataFrame) -> dict[tuple, list[tuple]]:
         for fact in FACTS: pool[locale, fact] = group.filter(pl.col(fact).is_not_null()).select(fact, 'top').unique(maintain_order=True).rows()
     return pool
 
-# %% ../nbs/api/05_augment.ipynb #cell-122
+# %% ../nbs/api/05_augment.ipynb #cell-132
 def write_one(
     product: Mapping[str, str],          # a row of `product_facts`
     pool: Mapping[tuple, list[tuple]],   # from `value_pool`
@@ -729,9 +731,9 @@ def write_one(
         if (other := exchange(product, asked, pool, rng)) is None: return None
         fact, values[fact], grade = other
     query = write_template(values, typing_language(product['locale']))
-    return query, product['locale'], product['product_id'], grade, kind, '+'.join(asked), fact
+    return query, product['locale'], product['product_id'], grade, kind, '+'.join(asked), fact, 'template'
 
-# %% ../nbs/api/05_augment.ipynb #cell-125
+# %% ../nbs/api/05_augment.ipynb #cell-135
 def keeps_product(
     queries: np.ndarray,    # [n, d] unit rows
     products: np.ndarray,   # [m, d] unit rows: those that these queries search
@@ -749,7 +751,7 @@ def keeps_product(
         kept[here] = (scores >= own[:, None]).sum(axis=1) <= k    # the product itself is one of them
     return kept
 
-# %% ../nbs/api/05_augment.ipynb #cell-127
+# %% ../nbs/api/05_augment.ipynb #cell-137
 def round_trip(
     written: pl.DataFrame,      # SYNTHETIC
     queries: np.ndarray,        # [n, d], a unit row per row of `written`
@@ -767,7 +769,7 @@ def round_trip(
         kept[these] = keeps_product(queries[these], products[searched], np.searchsorted(searched, rows[these]), k)
     return written.filter(pl.Series(kept))
 
-# %% ../nbs/api/05_augment.ipynb #cell-130
+# %% ../nbs/api/05_augment.ipynb #cell-140
 def augment_synthetic(
     data: RelevanceData,
     written: pl.DataFrame,      # SYNTHETIC, filtered
@@ -785,5 +787,5 @@ def augment_synthetic(
     rows = fresh.select(data.judgments.columns).cast(dict(data.judgments.schema))
     note = Note('synthetic training queries added', len(fresh), f'written from product facts and graded by rule; seed {seed}')
     provenance = fresh.select('query_id', pl.lit(None, pl.String).alias('source_query_id'), 'product_id', 'kind',
-                              operator=pl.concat_str(pl.lit('template: '), 'facts'))
+                              operator=pl.concat_str('author', pl.lit(': '), 'facts'))
     return Augmented(replace(data, judgments=pl.concat([data.judgments, rows]), notes=(*data.notes, note)), provenance)

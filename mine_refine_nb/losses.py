@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SUPCON_CITATION', 'CIRCLE_CITATION', 'check_batch', 'repeated_products', 'resolve_grades', 'masked_logsumexp',
-           'positive_weights', 'supcon_per_query', 'SupConTarget', 'supcon_targets', 'supcon_loss', 'circle_exponent',
-           'CircleTerm', 'circle_terms', 'circle_z', 'circle_loss', 'GradedLoss', 'LabelAwareSupConLoss',
-           'MultiClassCircleLoss']
+           'positive_weights', 'mean_or_parts', 'supcon_per_query', 'SupConTarget', 'supcon_targets', 'supcon_loss',
+           'circle_exponent', 'CircleTerm', 'circle_terms', 'circle_z', 'circle_loss', 'in_blocks', 'GradedLoss',
+           'LabelAwareSupConLoss', 'MultiClassCircleLoss']
 
 # %% ../nbs/api/06_losses.ipynb #cell-2
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -105,6 +105,15 @@ def positive_weights(
         raise ValueError(f'positives must give grades of 1 or more with weights above 0, got {positives!r}')
     return weights
 
+# %% ../nbs/api/06_losses.ipynb #mean-code
+def mean_or_parts(
+    total: Tensor,  # loss per query [queries]
+    counted: Tensor,  # bool [queries], True where the query had something to learn
+    parts: bool,  # sum and number instead of the mean
+) -> Tensor | tuple[Tensor, Tensor]:  # scalar, or two scalars
+    "Mean loss over the queries that count."
+    return (total.sum(), counted.sum()) if parts else total.sum() / counted.sum().clamp(min=1)
+
 # %% ../nbs/api/06_losses.ipynb #cell-28
 def supcon_per_query(
     x: Tensor,  # scores / temperature [queries, products]
@@ -160,7 +169,8 @@ def supcon_loss(
     form: str = 'out',  # 'out' averages over positives outside the logarithm, 'in' inside
     unjudged: str = 'mask',  # 'mask' leaves unjudged pairs out, 'negative' contrasts against them
     product_ids: Tensor | None = None,  # product number per column [products]: repeats count once
-) -> Tensor:  # scalar, float32 or wider: mean over the queries that have a positive
+    parts: bool = False,  # return sum and number of queries, see `in_blocks`
+) -> Tensor | tuple[Tensor, Tensor]:  # scalar, float32 or wider: mean over the queries that have a positive
     "Label-aware supervised contrastive loss (Khosla et al. 2020) with queries as anchors and grades as labels."
     top = check_batch(scores, grades, None if boundary_weights is None else len(boundary_weights) + 1)
     if not temperature > 0: raise ValueError(f'temperature must be above 0, got {temperature}')
@@ -174,7 +184,7 @@ def supcon_loss(
         weight = sum((resolved == g).to(x.dtype) * w for g, w in target.weights.items())
         loss, has = supcon_per_query(x, log_total, weight, inside)
         total, counted = total + target.share * loss, counted | has
-    return total.sum() / counted.sum().clamp(min=1)
+    return mean_or_parts(total, counted, parts)
 
 # %% ../nbs/api/06_losses.ipynb #cell-46
 def circle_exponent(
@@ -262,7 +272,8 @@ def circle_loss(
     weights: float | Sequence[float] = 1.0,  # weight of the terms; one number or one per term
     unjudged: str = 'mask',  # 'mask' leaves unjudged pairs out, 'zero' reads them as grade 0
     product_ids: Tensor | None = None,  # product number per column [products]: repeats count once
-) -> Tensor:  # scalar, float32 or wider: mean over the queries with at least one active term
+    parts: bool = False,  # return sum and number of queries, see `in_blocks`
+) -> Tensor | tuple[Tensor, Tensor]:  # scalar, float32 or wider: mean over the queries with at least one active term
     "Multi-class circle loss: Sun et al.'s circle loss in every gap between neighbouring grades."
     check_batch(scores, grades, len(centers))
     terms = circle_terms(centers, margin, gamma, weights, form)
@@ -274,7 +285,47 @@ def circle_loss(
         z, active = circle_z(x, resolved, term, saturate)
         total = total + term.weight * F.softplus(z, threshold=50).where(active, 0)  # 50: exact in float64
         counted = counted | active
-    return total.sum() / counted.sum().clamp(min=1)
+    return mean_or_parts(total, counted, parts)
+
+# %% ../nbs/api/06_losses.ipynb #blocks-class
+class _Blocks(torch.autograd.Function):
+    "A loss over blocks of queries whose gradient is ready when its value is."
+    @staticmethod
+    def forward(ctx, queries, products, grades, loss, rows):
+        "Sum the blocks' losses and gradients, then divide by the number of queries that count."
+        right, slopes, total, number = products.detach().requires_grad_(), [], 0, 0
+        down = torch.zeros_like(products)
+        for at in range(0, len(queries), rows):
+            with torch.enable_grad():
+                left = queries[at:at + rows].detach().requires_grad_()
+                part, count = loss(left @ right.T, grades[at:at + rows], parts=True)
+            slope, more = torch.autograd.grad(part, (left, right))
+            slopes.append(slope)
+            down += more
+            total, number = total + part.detach(), number + count
+        number = number.clamp(min=1)
+        ctx.save_for_backward(torch.cat(slopes) / number, down / number)
+        return total / number
+
+    @staticmethod
+    def backward(ctx, upstream):
+        "Scale the gradients that are ready."
+        queries, products = ctx.saved_tensors
+        return upstream * queries, upstream * products, None, None, None
+
+# %% ../nbs/api/06_losses.ipynb #blocks-code
+def in_blocks(
+    loss: Callable,  # `supcon_loss` or `circle_loss`, settings bound by `functools.partial`
+    queries: Tensor,  # unit rows [queries, dim]
+    products: Tensor,  # unit rows [products, dim]
+    grades: Tensor,  # grades [queries, products], -1 for unjudged; int8 will do
+    rows: int = 128,  # queries at a time
+) -> Tensor:  # scalar, the same as loss(queries @ products.T, grades)
+    "A loss of a large batch in the memory of a small one."
+    if grades.shape != (len(queries), len(products)) or not len(queries):
+        raise ValueError(f'grades must be [{len(queries)}, {len(products)}] with at least one query, got {tuple(grades.shape)}')
+    if rows < 1: raise ValueError(f'rows must be 1 or more, got {rows}')
+    return _Blocks.apply(queries, products, grades, loss, rows)
 
 # %% ../nbs/api/06_losses.ipynb #cell-80
 class GradedLoss(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,11 +24,12 @@ from .machine import write_whole
 from .metrics import SCORE_STEPS
 
 # %% auto #0
-__all__ = ['ROWS', 'REASONS', 'REPORT', 'PLAIN', 'check_vectors', 'order_keys', 'read_keys', 'build_index', 'rescore', 'search',
-           'exact_ranks', 'rank_judged', 'first_reason', 'boundary_tests', 'hard_samples', 'list_catalogue',
-           'pending_samples', 'count_removed', 'score_table', 'short_queries', 'advice', 'MiningReport', 'report_parts',
-           'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'assemble', 'check_labels', 'apply_grades',
-           'relabel', 'unsure_rows', 'hidden_truth', 'save_mined', 'load_mined', 'recall_against_flat']
+__all__ = ['ROWS', 'NOISE', 'REASONS', 'REPORT', 'PLAIN', 'check_vectors', 'order_keys', 'read_keys', 'build_index', 'rescore',
+           'search', 'count_before', 'exact_ranks', 'rank_judged', 'first_reason', 'boundary_tests', 'hard_samples',
+           'list_catalogue', 'pending_samples', 'count_removed', 'score_table', 'short_queries', 'advice',
+           'MiningReport', 'report_parts', 'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'assemble',
+           'check_labels', 'apply_grades', 'relabel', 'unsure_rows', 'hidden_truth', 'save_mined', 'load_mined',
+           'recall_against_flat']
 
 # %% ../nbs/api/11_mining.ipynb #cell-9
 ROWS = dict(query_id=pl.String, query=pl.String, product_id=pl.String, grade=pl.Int8, kind=pl.String, score=pl.Float64,
@@ -124,26 +126,42 @@ def search(
     return np.where(none, -1, rows), np.where(none, np.nan, scores)
 
 # %% ../nbs/api/11_mining.ipynb #cell-25
+NOISE = 5e-6    # more than float32 gets wrong in a dot product of unit rows
+
+def count_before(
+    row: np.ndarray,       # float32 [c] scores of one query on part of the catalogue
+    score: float,          # rounded score of the pair whose rank is counted
+    key: int,              # its key, see `order_keys`
+    exact: Callable[[np.ndarray], np.ndarray],  # places in `row` -> their keys
+) -> int:  # products of this part that come before the pair
+    "Count by float32 scores, and by exact keys where those are too close to tell."
+    low, high = np.float32(score - NOISE), np.float32(score + NOISE)
+    above, reach = np.count_nonzero(row > high), row >= low
+    if np.count_nonzero(reach) == above: return above
+    return above + int((exact(np.flatnonzero(reach & (row <= high))) > key).sum())
+
+
 def exact_ranks(
     queries: np.ndarray,   # [n, d] unit rows
     products: np.ndarray,  # [c, d] unit rows, the catalogue
     left: np.ndarray,      # [p] query row of each pair, pairs of a query together
     right: np.ndarray,     # [p] product row of each pair
-    block: int = 8192,     # products per matrix product
+    block: int = 65536,    # products per matrix product
 ) -> tuple[np.ndarray, np.ndarray]:  # scores and ranks (from 1) of the pairs
     "Score and rank of given pairs in the whole catalogue."
     size, ranks = len(products), np.ones(len(left), dtype=np.int64)
-    scores = np.einsum('pd,pd->p', queries[left].astype(np.float64), products[right].astype(np.float64))
-    keys = order_keys(scores, right, size)
+    keys = order_keys(np.einsum('pd,pd->p', queries[left].astype(np.float64), products[right].astype(np.float64)), right, size)
+    scores = read_keys(keys, size)[1]
     bounds = np.flatnonzero(np.diff(left, prepend=-1, append=-1))   # where the pairs of one query start and end
     spans = list(zip(bounds[:-1], bounds[1:]))
     for at in range(0, size, block):
-        part = products[at:at + block].astype(np.float64)
+        part = products[at:at + block]
         for some in (spans[i:i + 64] for i in range(0, len(spans), 64)):
-            dots = queries[[left[start] for start, _ in some]].astype(np.float64) @ part.T
-            for row, (start, end) in zip(order_keys(dots, np.arange(at, at + len(part)), size), some):
-                ranks[start:end] += (row > keys[start:end, None]).sum(axis=1)
-    return read_keys(keys, size)[1], ranks
+            for row, (start, end) in zip(queries[[left[start] for start, _ in some]] @ part.T, some):
+                query = queries[left[start]].astype(np.float64)
+                def exact(places): return order_keys(part[places].astype(np.float64) @ query, at + places, size)
+                for pair in range(start, end): ranks[pair] += count_before(row, scores[pair], keys[pair], exact)
+    return scores, ranks
 
 # %% ../nbs/api/11_mining.ipynb #cell-28
 def rank_judged(

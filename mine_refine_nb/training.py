@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HARD_WEIGHT', 'OBJECTIVE', 'PRIOR', 'TOLERANCE', 'query_lists', 'is_rich', 'endless', 'batch_shares', 'distinct',
            'ListSampler', 'sample_products', 'grade_matrix', 'column_tokens', 'ListCollator', 'score_matrix',
-           'ScoreMatrixLoss', 'validation_sample', 'GradedEvaluator', 'Recipe', 'freeze', 'training_arguments',
-           'LossBar', 'ListTrainer', 'quieten', 'training_history', 'blend', 'choose_blend', 'keep_blend',
-           'without_dropout', 'build_trainer', 'train']
+           'note_pull', 'gradient_shares', 'ScoreMatrixLoss', 'validation_sample', 'GradedEvaluator', 'Recipe',
+           'freeze', 'training_arguments', 'LossBar', 'ListTrainer', 'quieten', 'training_history', 'blend',
+           'choose_blend', 'keep_blend', 'without_dropout', 'build_trainer', 'train']
 
 # %% ../nbs/api/09_training.ipynb #cell-3
 from collections import Counter
@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .data import RelevanceData, candidates, product_text
 from .encoder import embed
-from .grades import UNJUDGED
+from .grades import UNJUDGED, Grade
 from .machine import fast_dtype
 from .metrics import evaluate
 
@@ -200,7 +200,27 @@ def score_matrix(
     products = torch.cat([model(chunk, task="document")["sentence_embedding"].float() for chunk in features[1:]])
     return nn.functional.normalize(queries, dim=-1) @ nn.functional.normalize(products, dim=-1).T
 
-# %% ../nbs/api/09_training.ipynb #cell-37
+# %% ../nbs/api/09_training.ipynb #cell-38
+def note_pull(
+    pull: Counter,  # grade -> sum so far; added to
+    labels: torch.Tensor,  # grades [queries, products]
+    gradient: torch.Tensor,  # on their scores
+) -> None:
+    "Add up the absolute gradient of each grade; the hook of a score matrix."
+    for grade in (UNJUDGED, *map(int, Grade)):
+        pull[grade] += gradient.detach().abs()[labels == grade].sum().item()
+
+
+def gradient_shares(
+    pull: Counter,  # see `note_pull`; emptied
+) -> dict[str, float]:  # `gradient share <grade>`, summing to one; empty if there was no gradient
+    "Who has pulled since the last call."
+    total = sum(pull.values())
+    shares = {f"gradient share {grade}": value / total for grade, value in pull.items()} if total else {}
+    pull.clear()
+    return shares
+
+# %% ../nbs/api/09_training.ipynb #cell-39
 class ScoreMatrixLoss(nn.Module):
     "The trainer's loss: encodes a batch, then sums weighted graded losses over its score matrix."
 
@@ -213,6 +233,7 @@ class ScoreMatrixLoss(nn.Module):
         super().__init__()
         self.model, self.losses = model, nn.ModuleDict(losses)
         self.weights = {name: 1.0 for name in losses} | (weights or {})
+        self.pull = Counter()  # grade -> absolute gradient on the scores of its pairs, since `gradient_shares` was asked
 
     def forward(
         self,
@@ -220,9 +241,11 @@ class ScoreMatrixLoss(nn.Module):
         labels: torch.Tensor,  # grades [queries, products]
     ) -> dict[str, torch.Tensor]:  # weighted loss per name: the trainer sums and logs them
         scores = score_matrix(self.model, features)
+        if scores.requires_grad:
+            scores.register_hook(partial(note_pull, self.pull, labels))
         return {name: self.weights[name] * loss(scores, labels) for name, loss in self.losses.items()}
 
-# %% ../nbs/api/09_training.ipynb #cell-40
+# %% ../nbs/api/09_training.ipynb #cell-43
 def validation_sample(
     data: RelevanceData,
     split: str = "validation",  # whose queries are kept
@@ -237,7 +260,7 @@ def validation_sample(
     kept = judged | data.products["product_id"].is_in(sample)
     return replace(part, products=data.products.filter(kept))
 
-# %% ../nbs/api/09_training.ipynb #cell-43
+# %% ../nbs/api/09_training.ipynb #cell-46
 OBJECTIVE = ("ndcg@10", "auc_2", "auc_1")
 
 
@@ -262,7 +285,7 @@ class GradedEvaluator(BaseEvaluator):
     def description(self) -> str:
         return "graded relevance"
 
-# %% ../nbs/api/09_training.ipynb #cell-46
+# %% ../nbs/api/09_training.ipynb #cell-49
 @dataclass(frozen=True)
 class Recipe:
     "Settings of one training run."
@@ -279,7 +302,7 @@ class Recipe:
     max_length: int = 64  # tokens of a text, the rest is cut
     seed: int = 0
 
-# %% ../nbs/api/09_training.ipynb #cell-48
+# %% ../nbs/api/09_training.ipynb #cell-51
 def freeze(
     model: SentenceTransformer,
     embeddings: bool = True,  # fix what lies below the layers: word and position embeddings
@@ -297,7 +320,7 @@ def freeze(
     stack[: round(layers * len(stack))].requires_grad_(False)
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
-# %% ../nbs/api/09_training.ipynb #cell-51
+# %% ../nbs/api/09_training.ipynb #cell-54
 def training_arguments(
     recipe: Recipe,
     folder: Path,  # checkpoints
@@ -317,7 +340,7 @@ def training_arguments(
         dataloader_pin_memory=device.type != "cpu", **(every | best if validate else {"save_steps": recipe.steps}),
     )  # fmt: skip
 
-# %% ../nbs/api/09_training.ipynb #cell-53
+# %% ../nbs/api/09_training.ipynb #cell-56
 class LossBar(ProgressCallback):
     "The trainer's bar, with the loss beside it instead of a line per log."
 
@@ -333,10 +356,15 @@ class LossBar(ProgressCallback):
 
 
 class ListTrainer(SentenceTransformerTrainer):
-    "sentence-transformers' trainer without a model card, whose examples would be row numbers."
+    "sentence-transformers' trainer without a model card, whose examples would be row numbers, and with gradient shares in its log."
 
     def add_model_card_callback(self, default_args_dict: dict) -> None:
         "Called by the trainer; its own documentation names this as the way to leave the card out."
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        "Called by the trainer: what each grade pulled goes into the curve."
+        shares = gradient_shares(self.loss.pull) if "loss" in logs and isinstance(self.loss, ScoreMatrixLoss) else {}
+        super().log(logs | shares, *args, **kwargs)
 
 
 def quieten(
@@ -349,7 +377,7 @@ def quieten(
     if progress:
         trainer.add_callback(LossBar)
 
-# %% ../nbs/api/09_training.ipynb #cell-55
+# %% ../nbs/api/09_training.ipynb #cell-58
 def training_history(
     log: list[dict],  # the trainer's `state.log_history`
 ) -> pl.DataFrame:  # step, name, value
@@ -363,7 +391,7 @@ def training_history(
     ]
     return pl.DataFrame(rows, schema={"step": pl.Int64, "name": pl.String, "value": pl.Float64}, orient="row").unique(maintain_order=True)
 
-# %% ../nbs/api/09_training.ipynb #cell-58
+# %% ../nbs/api/09_training.ipynb #cell-61
 def blend(
     model: SentenceTransformer,  # its weights are replaced
     before: dict[str, torch.Tensor],  # trained weights as they were at the start, by name
@@ -373,7 +401,7 @@ def blend(
     "Set the weights `share` of the way along the line from `before` to `after`."
     model.load_state_dict({name: torch.lerp(before[name], after[name], share) for name in before}, strict=False)
 
-# %% ../nbs/api/09_training.ipynb #cell-60
+# %% ../nbs/api/09_training.ipynb #cell-63
 PRIOR = 0.5
 TOLERANCE = 0.005  # of the objective, by which another share must be better than the prior
 
@@ -385,7 +413,7 @@ def choose_blend(
     best = max(found, key=found.get)
     return best if found[best] > found[PRIOR] + TOLERANCE else PRIOR
 
-# %% ../nbs/api/09_training.ipynb #cell-63
+# %% ../nbs/api/09_training.ipynb #cell-66
 def keep_blend(
     model: SentenceTransformer,  # at the end of training
     before: dict[str, torch.Tensor],  # as for `blend`
@@ -400,14 +428,14 @@ def keep_blend(
     blend(model, before, after, choose_blend(found))
     return found
 
-# %% ../nbs/api/09_training.ipynb #cell-65
+# %% ../nbs/api/09_training.ipynb #cell-68
 def without_dropout(model: SentenceTransformer) -> None:
     "Set every dropout of a model to zero."
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
-# %% ../nbs/api/09_training.ipynb #cell-67
+# %% ../nbs/api/09_training.ipynb #cell-70
 def build_trainer(
     model: SentenceTransformer,
     data: RelevanceData,
@@ -431,7 +459,7 @@ def build_trainer(
     quieten(trainer, progress)
     return trainer
 
-# %% ../nbs/api/09_training.ipynb #cell-68
+# %% ../nbs/api/09_training.ipynb #cell-71
 def train(
     model: SentenceTransformer,  # trained in place
     data: RelevanceData,  # train and validation splits, catalogue

@@ -166,9 +166,10 @@ def decide(
     queue: ReviewQueue,
     grade: int | None,    # None: skip
     why: str = "",        # the rater's note
+    row: Mapping[str, object] | None = None,    # of the queue, judged before or not; None: the current pair
 ) -> None:
-    "Put down a decision on the current pair, on disk first."
-    row = queue.current
+    "Put down a decision on a pair, on disk first."
+    row = row or queue.current
     if row is None: raise ValueError("nothing is left to judge in this queue")
     new = {"query_id": row["query_id"], "product_id": row["product_id"], "rater": queue.rater,
            "grade": grade, "old_grade": row["grade"], "at": datetime.now(UTC), "why": why.strip() or None}

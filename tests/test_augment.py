@@ -1,6 +1,10 @@
 """Augmentation: typos that stay in their place, copies that change no judgment, queries that products can answer."""
+import json
+import threading
 import unicodedata
 from collections import Counter
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 
 import numpy as np
@@ -13,7 +17,18 @@ from mine_refine_nb.augment import (BARE, FACTS, FITS, KEYS, OPERATORS, PROVENAN
                                     cut, exchange, form_of, keeps_product, kind_of, known_brands, misspell, product_facts, romaji, typing_language,
                                     round_trip, sample_queries, spelling_speed, template_queries, trainable, triple_overlap, width, write_template)
 from mine_refine_nb.data import find_leaks, make_data, normalise_query
+from mine_refine_nb.augmenting import (ARMS, HELD_OUT, KINDS, Arm, augmented, augmentation_arms, both_twins, fitting_recipe, mined_for_copies, slip_once,
+                                       tie_losses)
+from mine_refine_nb.encoder import Embeddings, embed, load_backbone
+from mine_refine_nb.grades import DEFAULT_GUIDELINE
+from mine_refine_nb.judging import judged_rows
 from mine_refine_nb.market import simulate
+from mine_refine_nb.mining import mine
+from mine_refine_nb.remote import RemoteAnnotator
+from mine_refine_nb.training import Recipe
+from mine_refine_nb.typo_loss import TypoLoss, closeness, draw_pairs
+from mine_refine_nb.writing import (DRAFTS, LocalWriter, RemoteWriter, funnel, keep_agreed, keep_found, keep_new, keep_rules, read_query, write_queries, writing_chat,
+                                    written_queries)
 
 WORDS = dict(
     en="wireless headphones steel water bottle running shoes phone case elephant receiver coffee mug usb tv".split(),
@@ -423,7 +438,7 @@ def test_synthetic_share(shop, written, share):
 
 def test_synthetic_refuses_real_queries(shop, written):
     real = shop.queries.filter(split="train").row(0, named=True)
-    twice = pl.concat([written.head(0), pl.DataFrame([(real["query"].upper(), "en", shop.products["product_id"][0], 2, "positive", "thing", None)], schema=SYNTHETIC, orient="row")])
+    twice = pl.concat([written.head(0), pl.DataFrame([(real["query"].upper(), "en", shop.products["product_id"][0], 2, "positive", "thing", None, "template")], schema=SYNTHETIC, orient="row")])
     assert len(augment_synthetic(shop, twice, 0.5).provenance) == 0
     with pytest.raises(ValueError, match="share=1"):
         augment_synthetic(shop, written, 1)
@@ -436,9 +451,311 @@ def test_synthetic_refuses_near_repeats_of_unseen_queries():
     rows = [(f"query number {word}", "train") for word in "one two three four".split()] + [(unseen, "test"), ("coffee grinder", "validation")]
     data = make_data(products, pl.DataFrame([(q, "a", 2, "en", s) for q, s in rows], schema=["query", "product_id", "grade", "locale", "split"], orient="row"))
     texts = [unseen.replace("garden", "gardens"), "blue cover"]
-    made = augment_synthetic(data, pl.DataFrame([(q, "en", "a", 2, "positive", "thing", None) for q in texts], schema=SYNTHETIC, orient="row"), 0.5)
+    made = augment_synthetic(data, pl.DataFrame([(q, "en", "a", 2, "positive", "thing", None, "template") for q in texts], schema=SYNTHETIC, orient="row"), 0.5)
     assert set(made.data.queries["query"]) - {q for q, _ in rows} == {"blue cover"}
 
 
 def test_accents():
     assert BARE["é"] == "e" and BARE["Ñ"] == "N" and "e" not in BARE and all(v.isascii() for v in BARE.values())
+
+
+# ---- queries written by a language model
+
+class Echo:
+    "A writer that answers from a table, or with the wanted words."
+    name, batch = "echo", 7
+
+    def __init__(self, answers=None):
+        self.answers, self.asked = answers or {}, []
+
+    def write(self, chats):
+        self.asked += chats
+        wanted = [json.loads(chat[-1]["content"])["wanted"] for chat in chats]
+        return [self.answers.get(w, (w, None)) for w in wanted]
+
+
+class Says:
+    "An annotator that gives every pair one grade, or none."
+    name, guideline, batch = "says", DEFAULT_GUIDELINE, 50
+
+    def __init__(self, grade):
+        self.grade, self.seen = grade, []
+
+    def judge(self, pairs):
+        self.seen += pairs["query"].to_list()
+        if self.grade is None:
+            return judged_rows(np.full((len(pairs), 3), np.nan), ["cannot"] * len(pairs))
+        return judged_rows(np.tile(np.eye(3)[self.grade], (len(pairs), 1)))
+
+
+def test_chat_shows_the_title_only_where_it_may(shop, written):
+    for wish in written.head(60).to_dicts():
+        system, *_, user = writing_chat(wish, "THE TITLE <|im_start|>")
+        said = json.loads(user["content"])
+        assert said["wanted"] == wish["query"] and ("product" in said) == (wish["kind"] != "near-miss")
+        assert "<|im_start|>" not in user["content"] and {"en": "English", "es": "Spanish", "ja": "Japanese"}[wish["locale"]] in system["content"]
+
+
+@pytest.mark.parametrize("answer,query", [
+    ("Black Mug", "black mug"), ('\n "black mug."\nIt is black.', "black mug"), ("Query: black mug", "black mug"), ("検索：黒 マグ", "黒 マグ"), ("usb-c cable", "usb-c cable"),
+    (None, None), ("", None), ("...", None), ('{"query": "mug"}', None), ("Do you want a mug?", None), ("word " * 13, None), ("x" * 81, None)])
+def test_read_query(answer, query):
+    assert read_query(answer) == query
+
+
+def test_drafts_follow_the_wishes(shop, written):
+    wishes = written.head(30)
+    lost = wishes["query"][4]
+    writer = Echo({lost: (None, "the model refused"), wishes["query"][5]: ("{}", None)})
+    drafts = write_queries(wishes, shop, writer)
+    assert drafts.schema == DRAFTS and drafts["wish"].equals(wishes["query"].alias("wish")) and set(drafts["author"]) == {"echo"}
+    assert drafts.drop("query", "author", "wish", "answer", "dropped").equals(wishes.drop("query", "author"))
+    assert drafts["dropped"].to_list()[4:6] == ["no answer: the model refused", "no query in the answer"] and drafts["dropped"].null_count() == 28
+    assert len(written_queries(drafts)) == 28 and written_queries(drafts).schema == SYNTHETIC
+
+
+def test_an_answer_is_paid_for_once(shop, written, tmp_path):
+    wishes, memory = written.head(20), tmp_path / "answers.json"
+    first = Echo({wishes["query"][0]: (None, "not asked: the limit")})
+    write_queries(wishes.head(12), shop, first, memory)
+    again = Echo()
+    drafts = write_queries(wishes, shop, again, memory)
+    assert len(first.asked) == 12 and len(again.asked) == 9, "what failed is asked again, what was answered is not"
+    assert drafts["dropped"].null_count() == 20
+    other = Echo()
+    other.name = "somebody else"
+    write_queries(wishes, shop, other, memory)
+    assert len(other.asked) == 20
+
+
+def test_rules_hold_for_the_wanted_words_and_not_for_the_title(shop, written):
+    drafts = write_queries(written, shop, Echo())
+    assert keep_rules(drafts, shop)["dropped"].null_count() == len(written)
+    titles = dict(shop.products.select("product_id", "title").iter_rows())
+    cheat = keep_rules(drafts.with_columns(query=pl.col("product_id").replace_strict(titles)), shop)
+    near = cheat.filter(kind="near-miss")
+    assert near["dropped"].is_in(["the exchanged fact is lost"]).all()
+    assert cheat.filter(pl.col("kind") != "near-miss")["dropped"].is_in(["the title over again"]).all()
+
+
+def test_a_near_miss_that_also_names_the_truth_is_dropped(shop, written):
+    facts = {row["product_id"]: row for row in product_facts(shop.products).to_dicts()}
+    near = write_queries(written.filter(kind="near-miss"), shop, Echo())
+    both = near.with_columns(query=pl.Series([f"{row['query']} {facts[row['product_id']][row['exchanged']]}" for row in near.to_dicts()]))
+    assert keep_rules(both, shop)["dropped"].null_count() == 0
+
+
+def test_known_queries_are_dropped(shop, written):
+    real, unseen = shop.queries.filter(split="train")["query"][0], "extra large waterproof outdoor garden furniture cover for table and chairs"
+    data = replace(shop, judgments=shop.judgments.with_columns(query=pl.when(pl.col("query_id") == shop.queries.filter(split="test")["query_id"][0]).then(pl.lit(unseen)).otherwise("query")))
+    drafts = write_queries(written.head(5), shop, Echo()).with_columns(query=pl.Series([real.upper(), "a thing of its own", "A thing, of its own", unseen.replace("garden", "gardens"), "blue cover"]))
+    assert keep_new(drafts, data)["dropped"].to_list() == ["asked already", None, "asked already", "nearly a query that stays unseen", None]
+
+
+def test_round_trip_and_annotator_drop_with_a_reason(shop, written):
+    drafts = write_queries(written.head(40), shop, Echo())
+    eye = np.eye(len(shop.products), dtype="f4")
+    at = {p: i for i, p in enumerate(shop.products["product_id"])}
+    found = eye[[at[p] for p in drafts["product_id"]]]
+    assert keep_found(drafts, found, shop, eye, 1).equals(drafts)
+    lost = keep_found(drafts, np.roll(found, 1, axis=1), shop, eye, 1)
+    assert set(lost.filter(pl.col("dropped").is_not_null())["grade"]) == {2} == set(lost["grade"]) - set(lost.filter(pl.col("dropped").is_null())["grade"])
+    judge = Says(2)
+    agreed = keep_agreed(lost, shop, judge)
+    assert len(judge.seen) == lost["dropped"].null_count(), "nobody is asked about what is dropped already"
+    assert set(agreed.filter(pl.col("dropped") == "the annotator says 2")["grade"]) == {0, 1} and not agreed["dropped"].null_count()
+    kept = keep_agreed(drafts, shop, Says(2))
+    assert set(kept.filter(pl.col("dropped").is_null())["grade"]) == {2}
+    assert set(keep_agreed(drafts, shop, Says(None))["dropped"]) == {"the annotator could not judge it"}
+    assert dict(funnel(kept).select("reason", "near-miss").iter_rows())["kept"] == 0
+    assert kept.schema == DRAFTS
+
+
+def test_written_queries_enter_the_training_set_with_their_author(shop, written):
+    drafts = keep_new(keep_rules(write_queries(written, shop, Echo()), shop), shop)
+    made = augment_synthetic(shop, written_queries(drafts), 0.4)
+    assert len(made.provenance) and made.provenance["operator"].str.starts_with("echo: thing").all()
+    assert made.data.split("test").judgments.equals(shop.split("test").judgments)
+    assert augment_synthetic(shop, written, 0.4).provenance["operator"].str.starts_with("template: thing").all()
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    "A chat endpoint on loopback: answers by `rule(wanted) -> message`."
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.seen.append(body)
+            status, message = self.server.rule(json.loads(body["messages"][-1]["content"])["wanted"])
+            answer = {"error": message} if status != 200 else {"choices": [{"index": 0, "finish_reason": "stop", "message": message}], "usage": {"prompt_tokens": 200, "completion_tokens": 10}}
+            text = json.dumps(answer).encode()
+            self.send_response(status)
+            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(text))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.seen, server.rule = [], lambda wanted: (200, {"content": f"my {wanted}"})
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("WRITER_KEY", "key-0123456789")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def remote(server, **settings):
+    return RemoteAnnotator("big", f"http://127.0.0.1:{server.server_port}/v1", key="WRITER_KEY", retries=0, **settings)
+
+
+def test_remote_writer(shop, written, endpoint):
+    wishes = written.head(9)
+    endpoint.rule = lambda wanted: (200, {"content": None, "refusal": "no"} if wanted == wishes["query"][3] else {"content": f"my {wanted}"})
+    drafts = write_queries(wishes, shop, RemoteWriter(remote(endpoint)))
+    assert drafts["query"].to_list() == [None if i == 3 else f"my {q}" for i, q in enumerate(wishes["query"])] and set(drafts["author"]) == {"big"}
+    assert drafts["dropped"][3] == "no answer: the model refused: no"
+    assert all(body["model"] == "big" and body["messages"][0]["role"] == "system" for body in endpoint.seen)
+
+
+def test_remote_writer_stays_within_the_limit(shop, written, endpoint):
+    who = remote(endpoint, prices=(1000.0, 0.0), limit=1.0, in_flight=3)    # 0.2 an answer
+    drafts = write_queries(written.head(20), shop, RemoteWriter(who))
+    assert 0 < len(endpoint.seen) <= 5 and who.spent <= 1.0
+    assert drafts["dropped"].str.contains("not asked: it could pass the spending limit").sum() == 20 - len(endpoint.seen)
+
+
+def test_remote_writer_stops_for_a_wrong_key_and_never_shows_it(shop, written, endpoint):
+    endpoint.rule = lambda wanted: (401, {"message": "bad key key-0123456789"})
+    with pytest.raises(ValueError, match="does not accept the key") as error:
+        write_queries(written.head(20), shop, RemoteWriter(remote(endpoint)))
+    assert len(endpoint.seen) == 1 and "key-0123456789" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_local_writer_is_seeded(shop, written):
+    from mine_refine_nb.annotator import load_llm
+    model, tokenizer = load_llm()
+    chats = [writing_chat(wish, "a mug") for wish in written.head(3).to_dicts()]
+    first, same, other = (LocalWriter(model, tokenizer, seed=seed).write(chats) for seed in (0, 0, 1))
+    assert first == same != other and all(reason is None and text for text, reason in first)
+
+
+# ---- training on it
+
+@pytest.fixture(scope="module")
+def english():
+    return simulate(300, 48, locales=("en",))
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return load_backbone("all-MiniLM-L6-v2")
+
+
+@pytest.fixture(scope="module")
+def start(minilm, english):
+    return embed(minilm, english)
+
+
+def test_kinds_touch_train_only(english, minilm, start):
+    made = {kind: augmented(english, kind, minilm, start.products, seed=2) for kind in KINDS}
+    assert made["none"].data is english and not len(made["none"].provenance)
+    for kind, one in made.items():
+        assert one.data.judgments.head(len(english.judgments)).equals(english.judgments) and one.data.products is english.products
+        assert all(one.data.split(split).judgments.equals(english.split(split).judgments) for split in ("validation", "test"))
+        new = set(one.data.queries["query_id"]) - set(english.queries["query_id"])
+        assert new == set(one.provenance["query_id"]) and one.provenance["query_id"].is_unique().all() and not find_leaks(one.data.queries).any()
+        assert ({*one.provenance["kind"]} & {"misspelled"} != set()) == (kind in ("spelling", "both"))
+        assert (one.provenance["source_query_id"].null_count() > 0) == (kind in ("synthetic", "both"))
+    both = made["both"]
+    assert both.provenance["source_query_id"].null_count() / both.data.queries.filter(split="train").height <= 0.2
+    assert not augmented(english, "spelling", seed=3).data.queries.equals(augmented(english, "spelling", seed=4).data.queries)
+    with pytest.raises(ValueError, match="needs the encoder"):
+        augmented(english, "both")
+    with pytest.raises(ValueError, match="no kind 'spell'"):
+        augmented(english, "spell")
+
+
+def test_callers_may_bring_queries(english):
+    mine_ = pl.DataFrame([("a mug of my own", "en", english.products["product_id"][0], 2, "positive", "thing", None, "me")], schema=SYNTHETIC, orient="row")
+    made = augmented(english, "synthetic", written=mine_)
+    assert made.provenance.select("kind", "operator").rows() == [("positive", "me: thing")]
+
+
+def test_synthetic_queries_keep_to_their_share_of_a_batch(english, minilm, start):
+    made, recipe = augmented(english, "both", minilm, start.products), Recipe(rich_share=0.5)
+    assert fitting_recipe(recipe, made, 0.2).rich_share == pytest.approx(0.8)
+    assert fitting_recipe(recipe, made, 0.7).rich_share == 0.5
+    assert fitting_recipe(recipe, augmented(english, "spelling"), 0.2) == recipe
+
+
+def test_copies_inherit_what_was_mined(english, start):
+    made, mined = augmented(english, "spelling"), mine(start, english, "train")
+    spread = mined_for_copies(mined, made)
+    assert spread.rows.head(len(mined.rows)).equals(mined.rows)
+    texts = dict(made.data.queries.select("query_id", "query").iter_rows())
+    for copy, source in made.provenance.select("query_id", "source_query_id").rows():
+        of = lambda i: spread.rows.filter(query_id=i).drop("query_id", "query")
+        assert of(copy).equals(of(source)) and set(spread.rows.filter(query_id=copy)["query"]) <= {texts[copy]}
+    swapped = augmented(english, "spelling", mode="replace")
+    assert set(mined_for_copies(mined, swapped).rows["query_id"]) <= set(swapped.data.queries["query_id"])
+
+
+def test_typo_loss_pulls_pairs_together(minilm, english):
+    import torch
+    pairs = augment_spelling(english, ALL, "tie").pairs
+    minilm.eval()
+    grades = torch.tensor([[2, 1, 0]])
+    loss = TypoLoss(minilm, pairs, size=8, seed=3)
+    value = loss(None, grades)
+    rows = draw_pairs(len(pairs), 8, grades, 3)
+    clean, typed = (minilm.encode(pairs[name].gather(rows).to_list()) for name in ("clean", "misspelled"))
+    assert value.item() == pytest.approx(1 - (clean * typed).sum(axis=1).mean(), abs=1e-3)
+    assert loss(None, grades).item() == value.item() and loss(None, torch.tensor([[0, 1, 2]])).item() != value.item()
+    value.backward()
+    weight = minilm[0].model.encoder.layer[-1].output.dense.weight
+    with torch.no_grad():
+        old, moved = weight.clone(), 0.05 * weight.grad / weight.grad.norm()
+        weight -= moved
+        assert loss(None, grades).item() < value.item()
+        weight.copy_(old)
+    minilm.zero_grad()
+    assert closeness(minilm, ["mug"], ["mug"]).item() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match="no pairs"):
+        TypoLoss(minilm, pairs.head(0))
+
+
+def test_arms_differ_in_what_they_say(english, minilm):
+    assert set(ARMS) == {"none", "spelling", "replacement", "regulariser", "synthetic", "both"}
+    assert not tie_losses(english, ARMS["spelling"], minilm, 0)
+    assert isinstance(tie_losses(english, ARMS["regulariser"], minilm, 0)["tie"], TypoLoss) and ARMS["regulariser"].kind == "none"
+
+
+def test_validation_typos_are_not_those_of_training_or_test(english):
+    twins = both_twins(english, typos=2)
+    assert set(twins["validation"].data.judgments["split"]) == {"validation"} and set(twins["test"].data.judgments["split"]) == {"test"}
+    assert twins["validation"].queries.equals(both_twins(english, typos=2, seed=9)["validation"].queries), "the test seed is the test's"
+    rng = np.random.default_rng(HELD_OUT)
+    assert all(slip_once("wireless headphones", "en", rng) != "wireless headphones" for _ in range(20))
+
+
+def test_arms_are_trained_once(english, tmp_path, monkeypatch):
+    from mine_refine_nb import augmenting
+    trained = []
+    def train_arm(data, arm, folder, backbone, recipes, seed, start):
+        trained.append((arm.kind, seed))
+        return load_backbone(backbone)
+    monkeypatch.setattr(augmenting, "train_arm", train_arm)
+    few, twins = {"none": Arm(), "spelling": Arm("spelling")}, both_twins(english, typos=1)
+    found = augmentation_arms(english, tmp_path, few, (0, 1), "all-MiniLM-L6-v2", twins=twins)
+    assert trained == [("none", 0), ("none", 1), ("spelling", 0), ("spelling", 1)] and [len(v) for v in found.values()] == [1, 2, 2]
+    assert isinstance(found["none"][0], Embeddings) and set(twins["test"].queries["query_id"]) <= set(found["none"][0].query_ids)
+    (tmp_path / "spelling-1.npz").unlink()
+    augmentation_arms(english, tmp_path, few, (0, 1), "all-MiniLM-L6-v2", twins=twins)
+    assert trained[4:] == [("spelling", 1)]

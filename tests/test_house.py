@@ -98,7 +98,7 @@ def test_constraints_hold_every_requirement():
     "constraints.txt pins all that settings.ini asks for, inside its ranges; these two exactly, since much depends on them."
     pins = {name.lower().replace("_", "-"): v for name, v in check_install.pins(ROOT / "constraints.txt").items()}
     assert (pins["torch"], pins["nbdev"]) == ("2.13.0", "2.4.14")
-    for line in " ".join(settings()[f"{kind}requirements"] for kind in ("", "dev_", "remote_")).split():
+    for line in " ".join(settings()[f"{kind}requirements"] for kind in ("", "dev_", "remote_", "onnx_", "maps_")).split():
         need = Requirement(line)
         pinned = pins.get(need.name.lower().replace("_", "-"))
         assert pinned and Version(pinned) in need.specifier, f"settings.ini asks for {line}, constraints.txt has {pinned}"

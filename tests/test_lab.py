@@ -1,4 +1,4 @@
-"""JupyterLab for real: a notebook in a browser, the review card judged by keys and by button, the file on disk."""
+"""JupyterLab for real: a notebook in a browser, the review card and the explorer used by keys and by button, the files on disk."""
 import json
 import os
 import shutil
@@ -26,6 +26,33 @@ queue = pl.DataFrame({"query_id": ["q1", "q1", "q2", "q2", "q3", "q3"], "product
     "title": ["Silent mouse <img src=x onerror='window.broken = true'>", "Mouse pad", "Cafetera moka", "Filtros", "マグボトル", "ボトル"]})
 """
 SHOW = "review(queue, 'reviews', 'ana')"
+EXPLORER = """
+import numpy as np
+import polars as pl
+from mine_refine_nb.explorer import explore
+from mine_refine_nb.market import simulate
+shop = simulate(products=300, queries=24, locales=("en", "es"), seed=0)
+
+
+class Letters:
+    "Three searches by shared letter triples that differ in how they weigh them."
+    def __init__(self, power): self.power, self.titles = power, [self.triples(title) for title in shop.products["title"]]
+    def triples(self, text): return {text.lower()[i:i + 3] for i in range(len(text) - 2)}
+
+    def search(self, query, k=10, locale=None):
+        asked = self.triples(query)
+        scores = [len(asked & title) / (1 + len(title)) ** self.power for title in self.titles]
+        found = shop.products.with_columns(score=pl.Series(scores), p2=pl.Series(scores).clip(0, 1))
+        if locale: found = found.filter(locale=locale)
+        found = found.sort("score", "product_id", descending=[True, False]).head(k)
+        verdict = pl.when(pl.col("rank") < 3).then(pl.lit("relevant")).otherwise(pl.lit("irrelevant"))
+        found = found.with_columns(rank=pl.int_range(1, pl.len() + 1), p0=1 - pl.col("p2"), p1=pl.lit(0.0)).with_columns(verdict=verdict)
+        return found.select("rank", "score", "p0", "p1", "p2", "verdict", "product_id", "title")
+
+
+stages = {name: Letters(power) for name, power in (("pretrained", 0), ("stage 1", .5), ("stage 2", 1))}
+"""
+EXPLORE = "explore(stages, shop, 'grades', 'ana', k=3)"
 
 
 def start_lab(folder: Path) -> tuple[subprocess.Popen, dict]:
@@ -75,14 +102,14 @@ def lab(browser, tmp_path):
         shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def run_notebook(browser, url: str, name: str):
-    "Open a notebook, run all its cells, and wait for the review card."
+def run_notebook(browser, url: str, name: str, shows: str = ".mr-review .mr-query"):
+    "Open a notebook, run all its cells, and wait for the card."
     page = browser.new_page(viewport={"width": 1100, "height": 1000})
     page.goto(f"{url}lab/tree/{name}?token={TOKEN}&reset", wait_until="load")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
     page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=60_000)
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    page.wait_for_selector(".mr-review .mr-query", timeout=60_000)
+    page.wait_for_selector(shows, timeout=60_000)
     return page
 
 
@@ -132,3 +159,39 @@ def test_a_queue_is_judged_in_jupyterlab(browser, lab):
     act(page, page.locator(".mr-review button[data-key='u']").click, "5 of 6")
     assert decided(file) == grades[:-1]
     assert len(set((work / "kernels.txt").read_text().split())) == 1, "the kernel was restarted"
+
+
+@pytest.mark.timeout(180)
+def test_stages_are_searched_and_a_result_is_graded_in_jupyterlab(browser, lab):
+    url, work = lab
+    cells = [nbformat.v4.new_code_cell(source) for source in (EXPLORER, EXPLORE)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), work / "explore.ipynb")
+    page, file = run_notebook(browser, url, "explore.ipynb", ".mr-explore .mr-hit"), work / "grades" / "ana.parquet"
+    box, hits = page.locator(".mr-explore input[name=query]"), page.locator(".mr-column:nth-child(3) .mr-hit")
+
+    def ask(query):
+        box.fill(query)
+        act(page, lambda: page.keyboard.press("Enter"), "nobody has judged this query")
+
+    ask("zapatillas 200")
+    assert page.locator(".mr-column h3").all_inner_texts() == ["pretrained", "stage 1", "stage 2"]
+    assert page.locator(".mr-hit").count() == 9 and page.locator(".mr-threshold").count() == 3
+    page.keyboard.press("Escape")    # out of the box, to the view
+    for key in ("ArrowDown", "ArrowRight", "ArrowRight", "ArrowDown"):    # to the second result of stage 2
+        page.keyboard.press(key)
+    chosen, other = hits.nth(1).get_attribute("data-row"), hits.nth(2).get_attribute("data-row")
+    act(page, lambda: page.keyboard.press("2"), "now 2 relevant")
+    assert decided(file) == [(chosen, 2, None)]
+    assert page.evaluate("document.activeElement.dataset.row") == chosen, "the choice was lost when the view was drawn anew"
+    act(page, hits.nth(2).locator("button[data-value='0']").click, "2 graded in")
+    act(page, lambda: page.keyboard.press("u"), "1 graded in")
+    page.keyboard.press("b")    # no key of the view: JupyterLab would add a cell below
+    assert decided(file) == [(chosen, 2, None)] and other != chosen
+    assert page.locator(".jp-Dialog").count() == 0 and page.locator(".jp-Notebook .jp-CodeCell").count() == 2, "a key reached JupyterLab"
+    page.close()
+
+    page = run_notebook(browser, url, "explore.ipynb", ".mr-explore .mr-hit")    # the next morning
+    box = page.locator(".mr-explore input[name=query]")
+    ask("zapatillas 200")
+    given = page.locator(f".mr-hit[data-row='{chosen}'] .mr-given").all_inner_texts()
+    assert given and all("2 relevant" in text for text in given)

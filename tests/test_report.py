@@ -1,25 +1,24 @@
 """report.html: complete, offline, and deaf to markup in the data."""
+import base64
 import dataclasses
+import gzip
+import json
 import os
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import plotly.graph_objects as go
 import polars as pl
 import pytest
+from plotly.offline import get_plotlyjs
 
 from mine_refine_nb import report
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>'
 LOCALES = {'us': 12, 'es': 6, 'jp': 6}  # queries
-
-
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync']
 
 
 def make_pairs(judged=12):
@@ -48,12 +47,22 @@ def make_evaluation(gap, ndcg, seed):
                            counts=dict(queries=24, judgments=288, min_judged=10))
 
 
+def make_vectors(spread, seed):
+    "What encoder.Embeddings offers, for the pairs above."
+    rng, pairs = np.random.default_rng(seed), make_pairs()
+    ids = pairs['query_id'].unique(maintain_order=True).to_list()
+    queries = np.random.default_rng(9).normal(size=(len(ids), 8))
+    far = spread * (3 - pairs['grade'].to_numpy())[:, None]
+    return SimpleNamespace(query_ids=ids, queries=queries, product_ids=pairs['product_id'].to_list(),
+                           products=np.repeat(queries, 12, 0) + far * rng.normal(size=(len(pairs), 8)))
+
+
 def make_run():
     table = pl.DataFrame({'metric': ['ndcg@10', 'auc_2', 'recall@50'], 'a': [.5512, .63, None], 'b': [.6034, .76, None],
                           'difference': [.0522, .13, None], 'low': [.0111, -.02, None], 'high': [.0931, .28, None],
                           'p': [.0123, .0002, None], 'p_corrected': [.0246, .0511, None]})
     pairs = make_pairs()
-    history = pl.DataFrame(dict(step=[*range(40), 0, 20], name=['loss'] * 40 + ['ndcg@10'] * 2,
+    history = pl.DataFrame(dict(step=[*range(40), 0, 20], name=['loss'] * 40 + ['validation ndcg@10'] * 2,
                                 value=[1.] * 40 + [.5, .6]))
     data = SimpleNamespace(
         name=f'market {HOSTILE}', judgments=pairs, fingerprint='f00dcafe',
@@ -65,6 +74,7 @@ def make_run():
         evaluations=dict(pretrained=make_evaluation(.03, .5512, 1), stage1=make_evaluation(.09, .5777, 2),
                          stage2=make_evaluation(.16, .6034, 3)),
         comparisons={'stage2 vs pretrained': table}, histories=dict(stage1=history, stage2=history), data=data,
+        thresholds=dict(stage2=[.47, .66]), vectors=dict(pretrained=make_vectors(.7, 1), stage2=make_vectors(.2, 2)),
         mining=dict(found=1234, removed=dict(too_close=77), note=HOSTILE, example=pl.DataFrame(dict(title=[HOSTILE]))))
 
 
@@ -100,11 +110,50 @@ def test_page_loads_nothing_from_anywhere(page, reader):
     assert '@import' not in page.split('</style>')[0] and 'url(' not in page.split('</style>')[0]
 
 
-def test_plotly_is_inside_once(page, reader):
-    assert sum(len(s) > 1_000_000 for s in reader.scripts) == 1 and len(page) < 7_000_000
-    assert sum('Plotly.newPlot' in s and len(s) < 200_000 for s in reader.scripts) == 7
+def test_plotly_is_inside_once_and_packed(page, reader):
+    packed = [s for s in reader.scripts if len(s) > 1_000_000]
+    assert len(packed) == 1 and len(page) < 3_000_000
+    assert gzip.decompress(base64.b64decode(packed[0].split("'")[1])).decode() == get_plotlyjs()
+    assert sum('Plotly.newPlot' in s and len(s) < 200_000 for s in reader.scripts) == 9
     ids = [a['id'] for t, a in reader.tags if 'id' in a]
     assert len(ids) == len(set(ids))
+
+
+def figure(reader, name):
+    "A figure of the page, as the browser will read it."
+    script = next(s for s in reader.scripts if f'newPlot("figure-{name}"' in s)
+    return json.loads(script[script.index('{', script.index('newPlot')):script.rindex('})') + 1])
+
+
+def test_a_figure_is_drawn_at_once_where_plotly_is_there_already():
+    "The audit's page may hold plotly.js as it is."
+    assert 'typeof draw == "undefined" ? f => f() : draw' in report.embed(go.Figure(), 'x')
+
+
+def test_ridges_show_every_stage_and_the_thresholds(reader):
+    strata = figure(reader, 'strata')
+    assert [t['name'] for t in strata['data']] == ['relevant', 'moderate', 'irrelevant', 'median'] * 3
+    assert [s['x0'] for s in strata['layout']['shapes']] == [.47, .66]
+    assert 'auc_2 0.760' in strata['layout']['annotations'][2]['text']
+
+
+def test_precision_and_recall_are_those_of_the_last_stage(reader):
+    cuts = figure(reader, 'thresholds')
+    assert [s['x0'] for s in cuts['layout']['shapes']] == [.47, .66] and cuts['layout']['title']['text'].startswith('From 0.660 on,')
+    pairs = make_run()['evaluations']['stage2'].pairs
+    passed = pairs.filter(pl.col('score') >= .66)
+    share = (passed['grade'] == 2).mean()
+    said = int(re.search(r'(\d+)% of what passes', cuts['layout']['title']['text'].replace('<br>', ' '))[1])
+    assert abs(said - 100 * share) <= 2
+
+
+def test_the_map_shows_queries_and_products_of_both_models(reader):
+    drawn = figure(reader, 'map')
+    assert {a['text'] for a in drawn['layout']['annotations']} == {'<b>pretrained</b>', '<b>stage2</b>'}
+    stars = [t for t in drawn['data'] if t['name'] == 'query']
+    assert [t['xaxis'] for t in stars] == ['x', 'x2'] and {len(t['text']) for t in stars} == {12}
+    titles = [text for t in drawn['data'] if t['name'] in ('relevant', 'moderate', 'irrelevant') for text in t['text']]
+    assert titles and all(t.startswith('Lamp') and '<' not in t for t in titles)
 
 
 def test_hostile_text_is_only_text(reader):
@@ -132,7 +181,7 @@ def test_metric_table_holds_the_numbers_passed_in(page, reader):
 
 
 def test_every_part_is_there(reader):
-    for text in ('Scores per grade', 'Lowest ndcg@10', 'Largest losses of ndcg@10', 'Seconds per step', '31.5',
+    for text in ('Scores per grade', 'Thresholds', 'Before and after', 'Lowest ndcg@10', 'Largest losses of ndcg@10', 'Seconds per step', '31.5',
                  'preset smoke', 'centers 0.15, 0.5, 0.85', 'found 1234', 'too_close 77', 'no title', 'f00dcafe',
                  'shared area', 'unjudged', '24 queries with at least 10 judged products'):
         assert text in reader.text, text
@@ -143,7 +192,7 @@ def test_every_part_is_there(reader):
 def test_navigation_leads_somewhere(reader):
     ids = {a.get('id') for _, a in reader.tags}
     links = [a['href'][1:] for t, a in reader.tags if t == 'a']
-    assert len(links) == 8 and set(links) <= ids
+    assert len(links) == 10 and set(links) <= ids
 
 
 def test_worst_queries_are_the_worst():
@@ -173,11 +222,12 @@ def test_only_listed_queries_count():
 def test_parts_without_content_are_left_out(tmp_path):
     run = make_run()
     run['evaluations'] = dict(pretrained=run['evaluations']['pretrained'])
-    run |= dict(comparisons={}, histories={}, mining=None)
+    run |= dict(comparisons={}, histories={}, mining=None, vectors=None, thresholds=None)
+    run['evaluations']['pretrained'].pairs = run['evaluations']['pretrained'].pairs.filter(pl.col('grade') < 2)
     run['data'].notes = ()
     run['run'].pop('seconds')
     reader = Reader(report.write_report(tmp_path / 'report.html', **run).read_text(encoding='utf-8'))
-    assert {'training', 'mining'}.isdisjoint(a.get('id') for _, a in reader.tags)
+    assert {'training', 'mining', 'map', 'thresholds'}.isdisjoint(a.get('id') for _, a in reader.tags)
     assert 'Seconds per step' not in reader.text and 'Nothing.' in reader.text and 'None.' in reader.text
 
 
@@ -195,28 +245,30 @@ def test_same_run_same_bytes(tmp_path):
     assert pages[0] == pages[1]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason='no Chromium here; `make browser` installs it')
-def test_page_in_a_browser(tmp_path):
-    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+CUT = '''() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(box => [...box.querySelectorAll('.gtitle, .gtitle-subtitle')]
+  .filter(t => t.getBoundingClientRect().right > box.getBoundingClientRect().right).map(t => t.textContent))'''
+
+
+def test_page_in_a_browser(browser, tmp_path):
     path = report.write_report(tmp_path / 'report.html', **make_run())
     trouble, requests = [], []
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        tab = browser.new_page(viewport=dict(width=390, height=800), color_scheme='dark')
-        tab.on('pageerror', lambda error: trouble.append(str(error)))
-        tab.on('console', lambda message: trouble.append(message.text) if message.type == 'error' else None)
-        tab.on('dialog', lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
-        tab.on('request', lambda request: requests.append(request.url))
-        tab.goto(path.as_uri())
-        tab.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 21")
-        width, background = tab.evaluate(
-            '[document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor]')
-        titles = tab.locator('.gtitle').all_text_contents()
-        browser.close()
-    assert trouble == [] and requests == [path.as_uri()]
+    tab = browser.new_page(viewport=dict(width=390, height=800), color_scheme='dark')
+    tab.on('pageerror', lambda error: trouble.append(str(error)))
+    tab.on('console', lambda message: trouble.append(message.text) if message.type == 'error' else None)
+    tab.on('dialog', lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
+    tab.on('request', lambda request: requests.append(request.url))
+    tab.goto(path.as_uri())
+    tab.wait_for_function("document.querySelectorAll('.js-plotly-plot .gtitle').length >= 9")
+    width, background = tab.evaluate(
+        '[document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor]')
+    titles = tab.locator('.gtitle').all_text_contents()
+    cut = tab.evaluate(CUT)
+    tab.close()
+    assert trouble == [] and [r for r in requests if not r.startswith('blob:')] == [path.as_uri()]
+    assert cut == [], 'titles that the phone cuts off'
     assert width == 390, 'wider than the phone: the page scrolls sideways'
     assert background == 'rgb(20, 23, 26)', 'dark where the reader asks for dark'
-    assert len([t for t in titles if t.startswith('Scores per grade')]) == 1 and len(titles) == 7
+    assert len([t for t in titles if t.startswith('A relevant product outscores')]) == 1 and len(titles) == 9
 
 
 def test_nested_values_are_shown_in_full_or_say_what_is_missing():

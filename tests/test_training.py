@@ -1,5 +1,7 @@
 """Batches hold what the judgments say, the trainer's scores are plain cosines, and a stopped run goes on as if nothing happened."""
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -20,7 +22,8 @@ from mine_refine_nb.mining import mine
 from mine_refine_nb.stage1 import train_stage1
 from mine_refine_nb.stage2 import level_centers, train_stage2, with_mined
 from mine_refine_nb.encoder import embed
-from mine_refine_nb.training import ListCollator, ListSampler, Recipe, ScoreMatrixLoss, is_rich, query_lists, sample_products, train
+from mine_refine_nb.training import (ListCollator, ListSampler, Recipe, ScoreMatrixLoss, gradient_shares, is_rich, note_pull, query_lists,
+                                     sample_products, train)
 
 TINY = Recipe(steps=6, queries=4, products=4, evaluate_every=3, learning_rate=2e-4, max_length=32)
 
@@ -109,6 +112,15 @@ def test_scores_in_the_trainer_are_the_cosines_of_the_encoder(market, model, lis
     assert np.allclose(seen["scores"].numpy(), expected, atol=1e-4)
 
 
+def test_gradient_shares_are_those_of_the_score_matrix():
+    scores, labels = torch.zeros(1, 4, requires_grad=True), torch.tensor([[2, 1, 0, -1]])
+    pull = Counter()
+    scores.register_hook(partial(note_pull, pull, labels))
+    (scores * torch.tensor([[3.0, -1.0, 0.0, 4.0]])).sum().backward()
+    assert gradient_shares(pull) == {"gradient share -1": 0.5, "gradient share 0": 0.0, "gradient share 1": 0.125, "gradient share 2": 0.375}
+    assert gradient_shares(pull) == {}
+
+
 def sample_rows(row, rows):
     rng = np.random.default_rng([0, *(r["products"][0] for r in rows), len(rows)])
     return dict(zip([r["query_id"] for r in rows], [sample_products(r, 4, rng) for r in rows]))[row["query_id"]]
@@ -119,6 +131,9 @@ def test_training_lowers_the_loss_and_reports_by_part(market, model, tmp_path):
     history = train(model, market, losses, replace(TINY, steps=20, evaluate_every=10), tmp_path, {"circle": 0.1}, progress=False)
     names = set(history["name"].unique())
     assert {"loss", "contrast", "circle", "validation ndcg@10", "validation objective"} <= names
+    shares = history.filter(pl.col("name").str.starts_with("gradient share"))
+    assert shares["name"].unique().sort().to_list() == [f"gradient share {grade}" for grade in (-1, 0, 1, 2)]
+    assert np.allclose(shares.group_by("step").agg(pl.col("value").sum())["value"], 1)
     curve = history.filter(pl.col("name") == "contrast").sort("step")["value"].to_list()
     assert np.mean(curve[-4:]) < np.mean(curve[:4])
     assert history.filter(pl.col("name") == "validation objective")["step"].to_list() == [0, 10, 20]

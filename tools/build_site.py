@@ -150,7 +150,7 @@ def add_plotly() -> None:
 def write_llms(cache: Path, title: str, description: str) -> None:
     "Write llms.txt: every page with its one-line description, for readers that are programs."
     lines = [f"# {title}", "", f"> {description}"]
-    for section, pattern in (("Start", "*.ipynb"), ("Tutorials", "tutorials/*.ipynb"), ("API", "api/*.ipynb")):
+    for section, pattern in (("Start", "*.ipynb"), ("Tutorials", "tutorials/*.ipynb"), ("Benchmarks", "benchmarks/*.ipynb"), ("API", "api/*.ipynb")):
         lines += ["", f"## {section}", ""]
         for notebook in sorted(cache.glob(pattern)):
             front = front_matter(notebook)

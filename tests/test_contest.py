@@ -1,0 +1,181 @@
+"""All arms of the contest get the same, no query is tested by an encoder that saw it, and the verdict counts what it should."""
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from sklearn.metrics import f1_score
+
+from mine_refine_nb import contest
+from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_folders, bench_quality, common, f1_statistic, fold_data, fold_of, one_scale, part_name,
+                                    rebuild, save_part, train_arm, union, verdicts, with_thresholds, write_results)
+from mine_refine_nb.data import query_groups
+from mine_refine_nb.market import simulate
+from mine_refine_nb.metrics import boundary_auc, evaluate
+from mine_refine_nb.encoder import Embeddings
+
+TERMS = Terms(texts=96, rates=(2e-5,), pairs=12, max_length=16, distractors=20)
+
+
+@pytest.fixture(scope="module")
+def market():
+    return simulate(products=200, queries=40, locales=("en",), seed=0)
+
+
+def vectors(data, seed):
+    rng, unit = np.random.default_rng(seed), lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    rows = [unit(rng.normal(size=(n, 8)).astype(np.float32)) for n in (len(data.queries), len(data.products))]
+    return Embeddings(data.queries["query_id"].to_list(), rows[0], data.products["product_id"].to_list(), rows[1])
+
+
+def fake_part(parts, data, arm, fold, seed):
+    part = fold_data(data, fold, 2).split("test")
+    one = evaluate(vectors(part, seed), part, "test")
+    found = {f"{side}{kind}": one for kind in contest.KINDS for side in ("BM25, ", "hybrid, ")}
+    found |= {kind: replace(one, pairs=with_thresholds(one.pairs, one.pairs)) for kind in contest.KINDS}
+    return save_part(parts / part_name("market", arm, fold, 0), found, dict(seconds=1.0, texts=10, pairs=20, rate=1e-5, objective=0.5, arm=arm))
+
+
+@pytest.fixture(scope="module")
+def parts(market, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("contest") / "quality.parts"
+    for arm, seed in (("pretrained", 0), ("MNRL", 1), ("ours, stage 1", 2)):
+        for fold in (0, 1): fake_part(folder, market, arm, fold, 10 * seed + fold)
+    fake_part(folder, market, "CoSENT", 0, 5)    # one fold only
+    return folder
+
+
+def test_every_query_is_tested_once_and_never_trained_on(market):
+    tested = []
+    for fold in range(5):
+        data = fold_data(market, fold)
+        sides = {name: set(data.split(name).queries["query_id"]) for name in ("train", "validation", "test")}
+        assert not (sides["train"] & sides["test"] or sides["train"] & sides["validation"] or sides["validation"] & sides["test"])
+        assert min(map(len, sides.values())) > 0 and len(data.judgments) == len(market.judgments)
+        tested += sides["test"]
+    assert sorted(tested) == sorted(market.queries["query_id"])
+
+
+def test_near_duplicates_share_a_fold(market):
+    queries = pl.concat([market.queries, market.queries.with_columns(pl.col("query") + "!")])
+    fold, group = fold_of(queries), query_groups(queries["query"])
+    assert all(len(set(fold[group == g])) == 1 for g in set(group)) and len(set(fold)) == 5
+    assert (fold[:len(market.queries)] == fold[len(market.queries):]).all()
+
+
+def test_long_lists_are_spread_evenly():
+    queries = pl.DataFrame({"query": [f"{word} {i * 37}" for i, word in enumerate("ab cd ef gh ij kl mn op qr st uv wx yz za bc de fg hi jk lm".split() * 5)],
+                            "locale": "us", "judged": [40] * 20 + [1] * 80})
+    counts = np.bincount(fold_of(queries)[:20], minlength=5)
+    assert counts.max() - counts.min() <= 2
+
+
+def test_arms_train_within_the_budget(market, tmp_path):
+    data = fold_data(market, 0)
+    for arm in ("MNRL", "CircleLoss, class labels", "ours, no mining"):
+        task = Task(data, replace(TERMS, texts=600) if arm.startswith("ours") else TERMS, 1e-3, 0, tmp_path, "all-MiniLM-L6-v2", np.linspace(0.2, 0.8, 50))
+        before = {name: weight.clone() for name, weight in contest.fresh(task).named_parameters()}
+        model, cost = train_arm(arm, task)
+        moved = [name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])]
+        assert moved and not any("embeddings.word" in name or "layer.0." in name for name in moved), arm
+        assert min(cost.values()) > 0 and 0 < task.spent and task.pairs > 0
+        if arm != "ours, no mining": assert task.spent <= TERMS.texts and task.pairs == task.spent // 2
+
+
+def test_class_labels_are_those_of_the_pairs():
+    class Columns(torch.nn.Module):
+        def forward(self, features): return {"sentence_embedding": features["x"]}
+    seen = {}
+    loss = ClassLabelLoss(Columns(), lambda vectors, labels: seen.update(vectors=vectors, labels=labels))
+    loss([{"x": torch.tensor([[1.0], [2.0]])}, {"x": torch.tensor([[3.0], [4.0]])}], torch.tensor([[7, 7], [8, 9]]))
+    assert seen["vectors"].flatten().tolist() == [1, 2, 3, 4] and seen["labels"].tolist() == [7, 8, 7, 9]
+
+
+def test_one_scale_changes_no_order_within_a_fold(market):
+    pairs = evaluate(vectors(market, 0), market, None).pairs
+    scaled = one_scale(pairs)
+    assert abs(scaled["score"].mean()) < 1e-9 and abs(scaled["score"].std() - 1) < 1e-9
+    assert boundary_auc(scaled["score"], scaled["grade"], 2) == pytest.approx(boundary_auc(pairs["score"], pairs["grade"], 2), abs=1e-12)
+
+
+def test_an_evaluation_is_rebuilt_from_its_rows(market):
+    one = evaluate(vectors(market, 0), market, None)
+    again = rebuild(one.per_query, one.pairs, one.definitions)
+    assert again.counts == one.counts and again.pairwise["auc_2"] == one.pairwise["auc_2"]
+    assert {name: again.values[name] for name in ("ndcg@10", "auc_1", "overlap_2")} == pytest.approx({name: one.values[name] for name in ("ndcg@10", "auc_1", "overlap_2")})
+
+
+def test_the_union_holds_every_query_once_and_averages_seeds(parts, market):
+    folders = arm_folders(parts)["market"]["MNRL"]
+    whole = union(folders, "clean")
+    assert sorted(whole.per_query["query_id"]) == sorted(market.queries["query_id"])
+    twice = union([*folders, *folders], "clean")    # a second seed with the same answers
+    assert twice.values["ndcg@10"] == pytest.approx(whole.values["ndcg@10"]) and twice.values["auc_2"] == pytest.approx(whole.values["auc_2"])
+    assert len(twice.per_query) == len(whole.per_query) and len(twice.pairs) == 2 * len(whole.pairs)
+
+
+def test_an_arm_that_lacks_a_fold_is_not_compared(parts):
+    assert set(common(arm_folders(parts)["market"])) == {"pretrained", "MNRL", "ours, stage 1"}
+
+
+def test_verdicts_count_all_comparisons(parts):
+    arms = {arm: union(folders, "clean") for arm, folders in common(arm_folders(parts)["market"]).items()}
+    table = verdicts(arms, "ours, stage 1", n=100)
+    assert set(table["other"]) == {"pretrained", "MNRL"} and {"ndcg@10", "auc_2", "global_f1_1"} <= set(table["metric"])
+    assert (table["p_corrected"] >= table["p"] - 1e-12).all() and table["p_corrected"].min() >= min(1, table["p"].min() * len(table)) - 1e-9
+    same = verdicts({"a": arms["MNRL"], "ours": arms["MNRL"]}, "ours", n=50)
+    assert same["difference"].abs().max() < 1e-12 and same["p"].min() == 1
+
+
+def test_f1_is_that_of_the_thresholds(parts):
+    pairs = union(arm_folders(parts)["market"]["MNRL"], "clean").pairs
+    n = pairs["query_id"].n_unique()
+    weights = np.concatenate([np.ones((n, 1)), np.zeros((n, 1))])
+    for k in (1, 2):
+        assert f1_statistic(pairs, pairs, k)(weights)[0] == pytest.approx(f1_score(pairs["grade"] >= k, pairs[f"above_{k}"]))
+
+
+def test_results_are_plain_json(parts, tmp_path):
+    rows = write_results(parts, tmp_path / "quality.json", n=20)
+    found = json.loads((tmp_path / "quality.json").read_text())["market"]
+    assert found["ours"] == "ours, stage 1" and found["cost"]["MNRL"]["texts"] == 10
+    assert {"BM25", "hybrid of pretrained", "MNRL"} <= set(found["clean"]["values"]) and len(rows) == 2 * len(found["clean"]["verdicts"])
+    assert "global_f1_2" in found["clean"]["values"]["MNRL"] and "global_f1_2" not in found["clean"]["values"]["BM25"]
+
+
+def test_a_stopped_contest_loses_one_arm(market, tmp_path, monkeypatch):
+    done = []
+    def part(data, dataset, arm, fold, seed, backbone, terms, parts):
+        if arm == "CoSENT" and "CoSENT" not in done:
+            done.append("CoSENT")
+            raise KeyboardInterrupt
+        done.append((arm, fold))
+        fake_part(parts, market, arm, fold, fold)
+        return dict(objective=0.5, seconds=1.0)
+    monkeypatch.setattr(contest, "run_part", part)
+    asked = dict(arms=("pretrained", "CoSENT", "ours, stage 1"), folds=(0, 1), seeds=(0,), contests=[Contest("market")], load=lambda *_: market, tell=lambda _: None)
+    with pytest.raises(KeyboardInterrupt): bench_quality("", tmp_path / "q.json", **asked)
+    assert done == [("pretrained", 0), "CoSENT"]
+    monkeypatch.setattr(contest, "write_results", lambda parts, out: sorted(path.name for path in Path(parts).iterdir()))
+    assert len(bench_quality("", tmp_path / "q.json", **asked)) == 6
+    assert done[2:] == [("CoSENT", 0), ("ours, stage 1", 0), ("pretrained", 1), ("CoSENT", 1), ("ours, stage 1", 1)]
+
+
+def test_a_part_is_whole_or_absent(tmp_path):
+    with pytest.raises(AttributeError): save_part(tmp_path / "part", {"clean": object()}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_arm_has_a_name_without_the_separator():
+    assert all(" · " not in arm for arm in ARMS)
+
+
+def test_an_unfinished_fold_waits(parts, market, tmp_path):
+    shutil.copytree(parts, tmp_path / "q.parts")
+    shutil.copytree(parts / part_name("market", "pretrained", 0, 0), tmp_path / "q.parts" / part_name("market", "pretrained", 2, 0))    # a fold in which ours has not run yet
+    found = common(arm_folders(tmp_path / "q.parts")["market"])
+    assert {len(folders) for folders in found.values()} == {2} and set(found) == {"pretrained", "MNRL", "ours, stage 1"}

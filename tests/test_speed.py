@@ -1,0 +1,108 @@
+"""The sides that are timed do the same work, and a measurement that was stopped goes on."""
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from mine_refine_nb import speed
+from mine_refine_nb.data import load_data
+from mine_refine_nb.losses import circle_loss, in_blocks, supcon_loss
+from mine_refine_nb.market import simulate
+from mine_refine_nb.speed import LOSSES, bench_peers, evaluation_speed, grade_of, in_turns, list_training, long_lists, loss_batch, mining_data, mining_speed, ratio, slope, write_esci
+
+
+def test_sides_take_turns():
+    order = []
+    found = in_turns({name: partial(order.append, name) for name in ("a", "b")}, rounds=3)
+    assert order == ["a", "b"] * 3 and {len(values) for values in found.values()} == {3}
+
+
+def test_the_ratio_is_the_median_of_the_rounds():
+    assert ratio({"slow": [2.0, 9.0, 40.0], "fast": [1.0, 3.0, 10.0]}, "slow", "fast") == 3.0
+
+
+@pytest.mark.parametrize("kind", ["supcon", "circle"])
+@pytest.mark.parametrize("side", ["ours", "ours in blocks"])
+def test_both_libraries_compute_the_same(kind, side):
+    queries, products, owner = loss_batch(48, 200, dim=16)
+    value, theirs = (LOSSES[name](kind, queries, products, owner) for name in (side, "pytorch-metric-learning"))
+    assert value.item() == pytest.approx(theirs.item(), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(value, (queries, products)), torch.autograd.grad(theirs, (queries, products))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 100])
+@pytest.mark.parametrize("loss", [partial(supcon_loss, cumulative=True, unjudged="negative"), partial(supcon_loss, form="in"), circle_loss])
+def test_blocks_are_the_whole(loss, rows):
+    generator = torch.Generator().manual_seed(rows)
+    q, p = (torch.nn.functional.normalize(torch.randn(n, 8, generator=generator, dtype=torch.double), dim=1).requires_grad_() for n in (9, 30))
+    grades = torch.randint(-1, 3, (9, 30), generator=generator)
+    grades[:4] = -1    # a block without anything to learn
+    grades[4, grades[4] == 2] = 1    # a query without a positive
+    whole, pieces = loss(q @ p.T, grades), in_blocks(loss, q, p, grades, rows)
+    assert pieces.item() == pytest.approx(whole.item(), abs=1e-12)
+    for a, b in zip(torch.autograd.grad(3 * whole, (q, p)), torch.autograd.grad(3 * pieces, (q, p))): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_blocks_refuse_what_does_not_fit():
+    q, p = torch.randn(2, 4), torch.randn(3, 4)
+    with pytest.raises(ValueError, match="must be"): in_blocks(circle_loss, q, p, torch.zeros(3, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="rows"): in_blocks(circle_loss, q, p, torch.zeros(2, 3, dtype=torch.long), rows=0)
+
+
+def test_each_query_owns_its_products():
+    _, _, owner = loss_batch(5, 23, dim=4)
+    grades = grade_of(owner, 5)
+    assert grades.sum(0).tolist() == [1] * 23 and all(grades[owner[i], i] == 1 for i in range(23))
+
+
+def test_miners_find_the_same():
+    found = mining_speed(1500, 60, dim=24)
+    assert found["recall of theirs in ours"] > 0.999 and found["times faster"] > 0
+
+
+def test_made_up_judgments_name_made_up_products():
+    data, emb = mining_data(300, 20, 16, judged=4)
+    assert data.judgments.height == 80 and data.judgments["product_id"].is_in(data.products["product_id"].implode()).all()
+    assert np.allclose(np.linalg.norm(emb.products, axis=1), 1, atol=1e-5)
+
+
+def test_training_counts_the_judged_pairs_of_its_batches(tmp_path):
+    market = simulate(200, 24, ("en",), 0)
+    _, pairs = list_training(minilm(), market, long_lists(market), 2, 4, 4, str(tmp_path))
+    assert pairs >= 2 * 4 * 4 * 0.9    # four judged products of four queries, in two steps; shared products add to it
+
+
+def minilm():
+    from mine_refine_nb.encoder import load_backbone
+    return load_backbone("all-MiniLM-L6-v2")
+
+
+def test_the_made_up_folder_is_esci(tmp_path):
+    write_esci(tmp_path, 3000, 2000)
+    data = load_data(tmp_path)
+    assert data.name and data.products.height == 2000 and 2500 < data.judgments.height <= 3000
+    assert set(data.judgments["locale"]) == {"us", "jp", "es"} and set(data.judgments["split"]) == {"train", "validation", "test"}
+
+
+def test_evaluation_runs_on_what_it_makes():
+    assert 0 < evaluation_speed(20, 400, 16)["ndcg@10"] <= 1
+
+
+def test_slope_of_squares_is_two():
+    assert slope([dict(size=n, seconds=3.0 * n**2) for n in (1, 10, 100)]) == pytest.approx(2)
+
+
+def test_a_stopped_measurement_goes_on(tmp_path, monkeypatch):
+    calls = []
+    def apart(call):
+        calls.append(call)
+        if call == "b()" and calls.count("b()") == 1: raise KeyboardInterrupt
+        return {"call": call}
+    monkeypatch.setattr(speed, "apart", apart)
+    asked = dict(parts={"first": "a()", "second": "b()"}, sizes={}, reading=None)
+    with pytest.raises(KeyboardInterrupt): bench_peers(tmp_path / "speed.json", **asked)
+    assert json.loads((tmp_path / "speed.json").read_text()) == {"first": {"call": "a()"}}
+    assert set(bench_peers(tmp_path / "speed.json", **asked)) == {"first", "second"} and calls == ["a()", "b()", "b()"]
