@@ -9,13 +9,11 @@ __all__ = ['AUDIT_PAGE', 'audit_tiles', 'claim_tables', 'write_audit_report']
 from pathlib import Path
 
 import polars as pl
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from .audit import Audit, Escalation
 from .machine import write_whole
 from .plots import plot_places, plot_rates
-from .report import embed, environment, plain
+from .report import embed, environment, plain, plotly_script
 
 # %% ../nbs/api/15b_audit_report.ipynb #cell-6
 AUDIT_PAGE = """
@@ -81,12 +79,12 @@ def write_audit_report(
     voices: pl.DataFrame | None = None,  # as from `audit.third_voice`
     rows: int = 200,  # of the queue to show
 ) -> Path:  # the written file
-    "Write the HTML report of an audit: one file of about 5 MB that opens without a network."
+    "Write the HTML report of an audit: one file of about 2 MB that opens without a network."
     outcome = escalation and {title: getattr(escalation, part).height for part, title in
                               (("corrections", "corrected"), ("confirmed", "confirmed"), ("people", "left to people"))}
     rounded = pl.selectors.float().round(3)
     page = environment().from_string(AUDIT_PAGE).render(
-        name=name, plotlyjs=Markup(get_plotlyjs()), tiles=audit_tiles(audit), notes=[f"{n.count:,} {n.what}: {n.why}." for n in audit.notes],
+        name=name, plotlyjs=plotly_script(), tiles=audit_tiles(audit), notes=[f"{n.count:,} {n.what}: {n.why}." for n in audit.notes],
         outcome=None if outcome is None else plain(outcome), queue=audit.queue.head(rows).to_dicts(), more=max(0, audit.queue.height - rows),
         where={title: plain(table) for title, table in claim_tables(audit).items()},
         figures=dict(rates=embed(plot_rates(audit.pairs), "rates"), places=embed(plot_places(audit.places), "places") if audit.places.height else None),

@@ -520,7 +520,7 @@ def misspell(
             operators.append('+'.join(names))
     return pl.DataFrame(dict(row=rows, source=[texts[row] for row in rows], text=made, operators=operators), schema=MISSPELLED)
 
-# %% ../nbs/api/05_augment.ipynb #cell-101
+# %% ../nbs/api/05_augment.ipynb #cell-104
 PROVENANCE = dict(query_id=pl.String, source_query_id=pl.String, product_id=pl.String, kind=pl.String, operator=pl.String)
 
 
@@ -541,7 +541,7 @@ def without_leaks(
     both = pl.concat([unseen, new.select('query', split=pl.lit('train'))])
     return new.filter(~pl.Series(find_leaks(both)[len(unseen):], dtype=pl.Boolean))
 
-# %% ../nbs/api/05_augment.ipynb #cell-103
+# %% ../nbs/api/05_augment.ipynb #cell-106
 MODES = ('additive', 'replace', 'tie')
 
 
@@ -566,7 +566,7 @@ def augment_spelling(
     pairs = copies.select('clean', pl.col('query').alias('misspelled'), 'locale') if mode == 'tie' else None
     return Augmented(replace(data, judgments=pl.concat([clean, rows]), notes=(*data.notes, note)), provenance, pairs)
 
-# %% ../nbs/api/05_augment.ipynb #cell-105
+# %% ../nbs/api/05_augment.ipynb #cell-108
 def judge_copies(
     copies: pl.DataFrame,      # query_id, query, source_query_id
     judgments: pl.DataFrame,   # of the clean queries
@@ -576,7 +576,7 @@ def judge_copies(
     rows = copied.join(judgments, left_on='source_query_id', right_on='query_id', how='left', maintain_order='left')
     return rows.with_columns(query_id='new_id', query='new').select(judgments.columns)
 
-# %% ../nbs/api/05_augment.ipynb #cell-109
+# %% ../nbs/api/05_augment.ipynb #cell-112
 def sample_queries(
     count: int,    # at most 30,000
 ) -> tuple[list[str], list[str]]:  # distinct texts, their locales
@@ -591,7 +591,7 @@ def sample_queries(
              for locale, parts in words.items() for a in parts[0].split() for b in parts[1].split() for c in parts[2].split()]
     return tuple(map(list, zip(*texts[:count])))
 
-# %% ../nbs/api/05_augment.ipynb #cell-111
+# %% ../nbs/api/05_augment.ipynb #cell-114
 def spelling_speed(
     n: int = 20_000,    # queries to time, at most 30,000
     settings: Spelling = Spelling(share=1.0),
@@ -602,7 +602,7 @@ def spelling_speed(
     made = misspell(texts, locales, settings)
     return (time.process_time() - start) / len(made) * 1e6
 
-# %% ../nbs/api/05_augment.ipynb #cell-114
+# %% ../nbs/api/05_augment.ipynb #cell-117
 FACTS = ('thing', 'brand', 'colour', 'material', 'size')
 COLOURS = dict(en='black white red blue green yellow pink purple orange grey gray brown beige navy silver gold charcoal',
                es='negro negra blanco blanca rojo roja azul verde amarillo amarilla rosa morado gris marrón beige plata dorado',
@@ -614,7 +614,7 @@ UNITS = ('gb tb ml cl l kg g mg cm mm m inch inches in oz lb w v mah count pack 
          'ギガ キロ グラム センチ リットル ミリ インチ 個 枚 本 袋').split()
 SIZE = rf'(?i)(\d+(?:[.,]\d+)?\s?(?:{"|".join(sorted(UNITS, key=len, reverse=True))}))(?:[^\p{{Latin}}\d]|$)'
 
-# %% ../nbs/api/05_augment.ipynb #cell-116
+# %% ../nbs/api/05_augment.ipynb #cell-119
 def title_thing(
     title: str,
     known: Iterable[str | None],  # facts that the title says as well: brand, colour, material, size
@@ -625,7 +625,7 @@ def title_thing(
     words = re.findall(r"(?<![^\W_])[^\W\d_][^\W\d_'-]*(?![^\W_])", head)
     return ' '.join(words[:4]) or None
 
-# %% ../nbs/api/05_augment.ipynb #cell-118
+# %% ../nbs/api/05_augment.ipynb #cell-121
 def product_facts(
     products: pl.DataFrame,  # PRODUCT_COLUMNS
 ) -> pl.DataFrame:  # product_id, locale, said (all its words, folded), top (of the category path), and FACTS, null where unknown
@@ -645,7 +645,7 @@ def product_facts(
     things = [leaf or title_thing(*rest) for leaf, *rest in facts.select('leaf', 'title', pl.concat_list(FACTS[1:])).iter_rows()]
     return facts.with_columns(thing=pl.Series(things, dtype=pl.String)).select('product_id', 'locale', 'said', 'top', *FACTS)
 
-# %% ../nbs/api/05_augment.ipynb #cell-121
+# %% ../nbs/api/05_augment.ipynb #cell-124
 ORDER = dict(    # how a language lines facts up
     en='{brand} {colour} {material} {thing} {size}', es='{thing} {material} {colour} {brand} {size}', ja='{brand} {thing} {material} {colour} {size}')
 SYNTHETIC = dict(query=pl.String, locale=pl.String, product_id=pl.String, grade=pl.Int8, kind=pl.String, facts=pl.String, exchanged=pl.String, author=pl.String)
@@ -658,7 +658,7 @@ def write_template(
     "A query that asks for these facts, in the order of the language."
     return ' '.join(ORDER[language].format(**{name: facts.get(name) or '' for name in FACTS}).split())
 
-# %% ../nbs/api/05_augment.ipynb #cell-123
+# %% ../nbs/api/05_augment.ipynb #cell-126
 def exchange(
     product: Mapping[str, str],          # a row of `product_facts`
     asked: Sequence[str],                # names of the facts that the query asks for
@@ -675,7 +675,7 @@ def exchange(
         if top is not None and product['top'] is not None and top != product['top']: return fact, value, 0
     return None
 
-# %% ../nbs/api/05_augment.ipynb #cell-126
+# %% ../nbs/api/05_augment.ipynb #cell-129
 def trainable(
     data: RelevanceData,
 ) -> pl.DataFrame:  # products judged for a training query, or for none
@@ -684,7 +684,7 @@ def trainable(
     unseen = judged.filter(~pl.col('seen'))
     return data.products.join(unseen, on='product_id', how='anti', maintain_order='left')
 
-# %% ../nbs/api/05_augment.ipynb #cell-128
+# %% ../nbs/api/05_augment.ipynb #cell-131
 def template_queries(
     data: RelevanceData,
     count: int,                 # to write; fewer come back where the facts do not suffice
@@ -705,7 +705,7 @@ def template_queries(
         rows.append(row)
     return without_leaks(pl.DataFrame(rows, schema=SYNTHETIC, orient='row'), data.queries)
 
-# %% ../nbs/api/05_augment.ipynb #cell-130
+# %% ../nbs/api/05_augment.ipynb #cell-133
 def value_pool(facts: pl.DataFrame) -> dict[tuple, list[tuple]]:
     "All values of each fact per locale, with the top of their category path."
     pool = {}
@@ -713,7 +713,7 @@ def value_pool(facts: pl.DataFrame) -> dict[tuple, list[tuple]]:
         for fact in FACTS: pool[locale, fact] = group.filter(pl.col(fact).is_not_null()).select(fact, 'top').unique(maintain_order=True).rows()
     return pool
 
-# %% ../nbs/api/05_augment.ipynb #cell-132
+# %% ../nbs/api/05_augment.ipynb #cell-135
 def write_one(
     product: Mapping[str, str],          # a row of `product_facts`
     pool: Mapping[tuple, list[tuple]],   # from `value_pool`
@@ -733,7 +733,7 @@ def write_one(
     query = write_template(values, typing_language(product['locale']))
     return query, product['locale'], product['product_id'], grade, kind, '+'.join(asked), fact, 'template'
 
-# %% ../nbs/api/05_augment.ipynb #cell-135
+# %% ../nbs/api/05_augment.ipynb #cell-138
 def keeps_product(
     queries: np.ndarray,    # [n, d] unit rows
     products: np.ndarray,   # [m, d] unit rows: those that these queries search
@@ -751,7 +751,7 @@ def keeps_product(
         kept[here] = (scores >= own[:, None]).sum(axis=1) <= k    # the product itself is one of them
     return kept
 
-# %% ../nbs/api/05_augment.ipynb #cell-137
+# %% ../nbs/api/05_augment.ipynb #cell-140
 def round_trip(
     written: pl.DataFrame,      # SYNTHETIC
     queries: np.ndarray,        # [n, d], a unit row per row of `written`
@@ -769,7 +769,7 @@ def round_trip(
         kept[these] = keeps_product(queries[these], products[searched], np.searchsorted(searched, rows[these]), k)
     return written.filter(pl.Series(kept))
 
-# %% ../nbs/api/05_augment.ipynb #cell-140
+# %% ../nbs/api/05_augment.ipynb #cell-143
 def augment_synthetic(
     data: RelevanceData,
     written: pl.DataFrame,      # SYNTHETIC, filtered

@@ -36,7 +36,7 @@ SPELLING = Spelling(share=1.0)    # a misspelled copy of every training query
 SHARE = 0.2    # of the training queries that are synthetic, and of a batch
 DRAFTED = 3    # drafts per synthetic query that is wanted: the filters take their part
 
-
+# %% ../nbs/api/12d_augmenting.ipynb #cell-6
 def draft_synthetic(
     data: RelevanceData,
     model: SentenceTransformer,  # that the training starts from
@@ -49,7 +49,7 @@ def draft_synthetic(
     written = template_queries(data, int(DRAFTED * share / (1 - share) * real) + 1, seed=seed)
     return round_trip(written, encode(model, written['query'].to_list(), 'query'), data, products)
 
-# %% ../nbs/api/12d_augmenting.ipynb #cell-5
+# %% ../nbs/api/12d_augmenting.ipynb #cell-8
 def augmented(
     data: RelevanceData,
     kind: str,  # of KINDS
@@ -72,7 +72,7 @@ def augmented(
     added = augment_synthetic(made.data, written, share, seed)
     return replace(added, provenance=pl.concat([made.provenance, added.provenance]), pairs=made.pairs)
 
-# %% ../nbs/api/12d_augmenting.ipynb #cell-9
+# %% ../nbs/api/12d_augmenting.ipynb #cell-12
 def fitting_recipe(
     recipe: Recipe,
     made: Augmented,
@@ -85,7 +85,7 @@ def fitting_recipe(
     if not synthetic: return recipe
     return replace(recipe, rich_share=max(recipe.rich_share, 1 - share * len(poor) / len(synthetic)))
 
-# %% ../nbs/api/12d_augmenting.ipynb #cell-12
+# %% ../nbs/api/12d_augmenting.ipynb #cell-15
 def mined_for_copies(
     mined: Mined,
     made: Augmented,
@@ -97,7 +97,7 @@ def mined_for_copies(
     kept = mined.rows.filter(pl.col('query_id').is_in(names['query_id'].to_list()))    # a replaced query is gone
     return replace(mined, rows=pl.concat([kept, rows.select(mined.rows.columns)]))
 
-# %% ../nbs/api/12d_augmenting.ipynb #cell-15
+# %% ../nbs/api/12d_augmenting.ipynb #cell-18
 @dataclass(frozen=True)
 class Arm:
     "One way to train."
@@ -110,7 +110,7 @@ class Arm:
 
 ARMS = dict(none=Arm(), spelling=Arm('spelling'), replacement=Arm('spelling', 'replace'), regulariser=Arm(tie=1.0), synthetic=Arm('synthetic'), both=Arm('both'))
 
-
+# %% ../nbs/api/12d_augmenting.ipynb #cell-20
 def tie_losses(
     data: RelevanceData,
     arm: Arm,
@@ -121,7 +121,7 @@ def tie_losses(
     if not arm.tie: return {}
     return dict(tie=TypoLoss(model, augment_spelling(data, replace(arm.spelling, seed=seed), 'tie').pairs, seed=seed))
 
-# %% ../nbs/api/12d_augmenting.ipynb #cell-17
+# %% ../nbs/api/12d_augmenting.ipynb #cell-22
 def train_arm(
     data: RelevanceData,
     arm: Arm,
@@ -145,7 +145,7 @@ def train_arm(
     train(model, with_mined(made.data, mined), losses, second, folder / 'stage2', weights, mined.rows.filter(pl.col('grade') != UNJUDGED), progress=False)
     return model
 
-# %% ../nbs/api/12d_augmenting.ipynb #cell-19
+# %% ../nbs/api/12d_augmenting.ipynb #cell-24
 def save_vectors(emb: Embeddings, path: Path) -> Path:
     "Vectors with their ids, in half precision."
     def write(partial: Path) -> None:
@@ -153,14 +153,14 @@ def save_vectors(emb: Embeddings, path: Path) -> Path:
             np.savez(file, query_ids=emb.query_ids, queries=emb.queries.astype('f2'), product_ids=emb.product_ids, products=emb.products.astype('f2'))
     return write_whole(path, write)
 
-
+# %% ../nbs/api/12d_augmenting.ipynb #cell-26
 def load_vectors(path: Path) -> Embeddings:
     "What `save_vectors` wrote, unit rows again."
     def unit(rows): return rows / np.linalg.norm(rows, axis=1, keepdims=True)
     with np.load(path) as held:
         return Embeddings(held['query_ids'].tolist(), unit(held['queries'].astype('f4')), held['product_ids'].tolist(), unit(held['products'].astype('f4')))
 
-# %% ../nbs/api/12d_augmenting.ipynb #cell-22
+# %% ../nbs/api/12d_augmenting.ipynb #cell-29
 HELD_OUT = 987_654_321    # the seed of the validation twin
 
 
@@ -169,7 +169,7 @@ def slip_once(text: str, locale: str, rng: np.random.Generator) -> str:
     made = misspell([text], [locale], Spelling(share=1.0, brand_rate=1.0, seed=HELD_OUT + int(rng.integers(1 << 20))))['text']
     return made[0] if len(made) else text
 
-
+# %% ../nbs/api/12d_augmenting.ipynb #cell-31
 def both_twins(
     data: RelevanceData,
     typos: int = 3,  # copies of each query
@@ -178,7 +178,7 @@ def both_twins(
     "The twins of validation and test."
     return dict(validation=misspelled_twin(data, 'validation', typos, HELD_OUT, slip_once), test=misspelled_twin(data, 'test', typos, seed))
 
-# %% ../nbs/api/12d_augmenting.ipynb #cell-23
+# %% ../nbs/api/12d_augmenting.ipynb #cell-33
 def augmentation_arms(
     data: RelevanceData,
     folder: str | Path,  # vectors are kept here, one file per arm and seed
@@ -205,7 +205,7 @@ def augmentation_arms(
                        for seed in seeds]
     return found
 
-
+# %% ../nbs/api/12d_augmenting.ipynb #cell-35
 def evaluate_arms(
     found: Mapping[str, Sequence[Embeddings]],  # from `augmentation_arms`
     slices: Mapping[str, Slice],

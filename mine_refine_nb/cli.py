@@ -68,13 +68,14 @@ def run(
     layout: Annotated[str | None, typer.Option(help="own, esci, wands or beir; detected when not given.")] = None,
     seed: Annotated[int, typer.Option(help="Of data splits, batches and training.")] = 0,
     annotator: Annotated[str, typer.Option(help="Who grades mined pairs: cross, llm, none, zero, or a saved annotator's folder.")] = "cross",
+    augment: Annotated[str, typer.Option(help="Training queries beside the judged ones: none, spelling, synthetic or both.")] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in this folder.")] = False,
 ) -> None:
     "Train and measure: pretrained, stage 1, annotator, mining, stage 2, report."
     quiet_libraries()
     from mine_refine_nb.pipeline import Request, results_table, run_pipeline
 
-    request = Request(data, preset.value, backbone, dim, layout, seed, annotator)
+    request = Request(data, preset.value, backbone, dim, layout, seed, annotator, augment)
     finished = run_pipeline(out, request, resume)
     print_table(results_table(finished).to_dicts(), f"{finished.data.name}, test queries")
     OUT.print(f"report: {out / 'report.html'}", soft_wrap=True)
@@ -261,12 +262,17 @@ def search(
     query: Annotated[str, typer.Argument(help="What a shopper types.")],
     k: Annotated[int, typer.Option("-k", help="Products to show.")] = 10,
     locale: Annotated[str | None, typer.Option(help="Search only this locale's products.")] = None,
+    least: Annotated[int | None, typer.Option(help="Leave out what scores under this grade's threshold.")] = None,
+    stage: Annotated[str, typer.Option(help="pretrained, stage1 or stage2.")] = "stage2",
 ) -> None:
-    "The best products of a run's catalogue for a query, with the run's verdict."
+    "The best products of a run's catalogue for a query: score, probability of each grade, verdict."
     quiet_libraries()
-    from mine_refine_nb.pipeline import search_run
+    from mine_refine_nb.serving import open_searcher
 
-    print_table(search_run(folder, query, k, locale).to_dicts(), query)
+    answer = open_searcher(folder, stage, progress=True).search(query, k, locale, least)
+    if answer.frame.height:
+        print_table(answer.frame.to_dicts(), query)
+    OUT.print(answer.message, markup=False, soft_wrap=True)
 
 # %% ../nbs/api/19_cli.ipynb #cell-26
 def main() -> None:

@@ -1105,6 +1105,8 @@ def load_saved(
     frames = {name: pl.read_parquet(path) for name in FRAMES
               if (engagement or name != "engagement") and (path := folder / f"{name}.parquet").exists()}
     data = RelevanceData(**frames, name=about["name"], notes=tuple(Note(**note) for note in about["notes"]))
-    if engagement and data.fingerprint != about["fingerprint"]:
+    try: changed = engagement and data.fingerprint != about["fingerprint"]
+    except pl.exceptions.PolarsError: changed = True    # a column is gone
+    if changed:
         raise DataError(f"{folder.name} was changed after it was saved. Remove {SAVED} to have it checked as own data")
     return data

@@ -60,7 +60,7 @@ class Twin:
     data: RelevanceData  # that split's judgments with misspelled queries, all products; ids `<clean id>.<number>`
     queries: pl.DataFrame  # query_id, source_query_id, clean, query, locale, same (whether the normal form did not change)
 
-
+# %% ../nbs/api/08a_slices.ipynb #cell-13
 def misspelled_twin(
     data: RelevanceData,
     split: str = 'test',  # whose queries are mistyped
@@ -81,7 +81,7 @@ def misspelled_twin(
     judgments = copied.with_columns(query_id='new_id', query='new').select(part.judgments.columns)
     return Twin(replace(part, judgments=judgments, name=f'{data.name}, misspelled'), queries)
 
-# %% ../nbs/api/08a_slices.ipynb #cell-14
+# %% ../nbs/api/08a_slices.ipynb #cell-16
 def unseen_products(
     data: RelevanceData,  # with its train split
     split: str = 'test',  # whose judgments are kept
@@ -92,7 +92,7 @@ def unseen_products(
     part = data.split(split)
     return replace(part, products=part.products.filter(new), judgments=part.judgments.filter(new))
 
-# %% ../nbs/api/08a_slices.ipynb #cell-17
+# %% ../nbs/api/08a_slices.ipynb #cell-19
 BANDS = ('head', 'torso', 'tail')
 
 
@@ -109,7 +109,7 @@ def query_volume(
     else: found, by = queries.with_columns(volume='judged'), 'judgments'
     return found.select('query_id', 'locale', pl.col('volume').cast(pl.Float64).fill_null(0.0)), by
 
-
+# %% ../nbs/api/08a_slices.ipynb #cell-21
 def query_bands(
     data: RelevanceData,
     volume: pl.DataFrame | None = None,  # as for `query_volume`
@@ -119,7 +119,7 @@ def query_bands(
     shares = asked.with_columns(volume=pl.col('volume') / pl.col('volume').sum().over('locale'))
     return asked.select('query_id', band=volume_band(shares)), by
 
-# %% ../nbs/api/08a_slices.ipynb #cell-20
+# %% ../nbs/api/08a_slices.ipynb #cell-24
 @dataclass(frozen=True, eq=False)
 class Slice:
     "A part of an evaluation set."
@@ -127,7 +127,7 @@ class Slice:
     data: RelevanceData  # the judgments and products that count
     about: str  # in words
 
-
+# %% ../nbs/api/08a_slices.ipynb #cell-26
 def listed_part(
     data: RelevanceData,  # of one split
     min_judged: int = 10,  # as in `metrics.evaluate`
@@ -143,7 +143,7 @@ def only_queries(data: RelevanceData, ids: set[str]) -> RelevanceData:
     kept = pl.Series([source in ids for source in source_of(data.judgments['query_id'])], dtype=pl.Boolean)
     return replace(data, judgments=data.judgments.filter(kept))
 
-# %% ../nbs/api/08a_slices.ipynb #cell-22
+# %% ../nbs/api/08a_slices.ipynb #cell-28
 def make_slices(
     data: RelevanceData,
     twin: Twin | None = None,  # of the same split
@@ -165,13 +165,13 @@ def make_slices(
         if twin: cut += [Slice(f'{name}, misspelled', only_queries(twin.data, ids), 'one locale, misspelled') for name, ids in locales.items()]
     return {piece.name: piece for piece in cut if len(piece.data.judgments)}
 
-
+# %% ../nbs/api/08a_slices.ipynb #cell-30
 def twin_about(twin: Twin) -> str:
     "A twin in words."
     same = int(twin.queries['same'].sum())
     return f'{len(twin.queries)} mistyped copies of {twin.queries["source_query_id"].n_unique()} queries, {same} with the same normal form'
 
-# %% ../nbs/api/08a_slices.ipynb #cell-25
+# %% ../nbs/api/08a_slices.ipynb #cell-33
 def with_twin(
     emb: Embeddings,  # of the clean data
     model: SentenceTransformer,  # that made them
@@ -181,7 +181,7 @@ def with_twin(
     new = encode(model, twin.queries['query'].to_list(), 'query')
     return replace(emb, query_ids=[*emb.query_ids, *twin.queries['query_id']], queries=np.concatenate([emb.queries, new]))
 
-
+# %% ../nbs/api/08a_slices.ipynb #cell-35
 def part_of(
     emb: Embeddings,
     data: RelevanceData,  # with some of the products
@@ -192,7 +192,7 @@ def part_of(
     at = {product: row for row, product in enumerate(emb.product_ids)}
     return replace(emb, product_ids=wanted, products=emb.products[[at[product] for product in wanted]])
 
-
+# %% ../nbs/api/08a_slices.ipynb #cell-37
 def evaluate_slices(
     emb: Embeddings,  # of one model, with the twin's queries if there is a twin
     slices: Mapping[str, Slice],  # from `make_slices`
@@ -200,7 +200,7 @@ def evaluate_slices(
     "Every metric on every slice."
     return {name: evaluate(part_of(emb, piece.data), piece.data, None, min_judged=1) for name, piece in slices.items()}
 
-# %% ../nbs/api/08a_slices.ipynb #cell-29
+# %% ../nbs/api/08a_slices.ipynb #cell-42
 def query_draws(
     evaluation: Evaluation,
     n: int = 1000,  # draws
@@ -212,7 +212,7 @@ def query_draws(
     drawn = np.random.default_rng(seed).multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), size=n).T
     return drawn[place], place
 
-
+# %% ../nbs/api/08a_slices.ipynb #cell-44
 def one_per_seed(evaluations: Evaluation | Sequence[Evaluation]) -> list[Evaluation]:
     "A slice of a model, or of the same model trained with several seeds."
     return [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
@@ -222,7 +222,7 @@ def mean_of(statistics: Sequence[Statistic]) -> Statistic:
     "The mean over trainings, as a function of the queries' weights."
     return lambda weights: np.mean([statistic(weights) for statistic in statistics], axis=0)
 
-
+# %% ../nbs/api/08a_slices.ipynb #cell-46
 def bootstrap(
     evaluation: Evaluation | Sequence[Evaluation],  # several: the same model with several seeds, whose mean is taken
     metric: str,  # as for `metrics.compare`
@@ -238,7 +238,7 @@ def bootstrap(
         return np.concatenate([statistic(np.concatenate([part, np.zeros_like(part)]))
                                for part in (draws[:, at:at + block] for at in range(0, n + 1, block))])
 
-# %% ../nbs/api/08a_slices.ipynb #cell-32
+# %% ../nbs/api/08a_slices.ipynb #cell-49
 WATCHED = ('ndcg@10', 'auc_2', 'auc_1')
 
 
@@ -247,7 +247,7 @@ def interval(draws: np.ndarray, level: float) -> tuple[float | None, float | Non
     if np.isnan(draws).mean() > 0.5: return None, None
     return tuple(np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
-
+# %% ../nbs/api/08a_slices.ipynb #cell-51
 def slice_table(
     evaluations: Mapping[str, Mapping[str, Evaluation | Sequence[Evaluation]]],  # model -> slice -> evaluation (or one per seed)
     metrics: Sequence[str] = WATCHED,
@@ -265,7 +265,7 @@ def slice_table(
                 rows.append(dict(slice=name, model=model, metric=metric, queries=one_per_seed(one)[0].counts['queries'], value=value, low=low, high=high))
     return pl.DataFrame(rows, infer_schema_length=None).with_columns(pl.col('value').fill_nan(None))
 
-# %% ../nbs/api/08a_slices.ipynb #cell-35
+# %% ../nbs/api/08a_slices.ipynb #cell-54
 def slice_differences(
     a: Mapping[str, Evaluation | Sequence[Evaluation]],  # slice -> evaluation of the model to beat (or one per seed)
     b: Mapping[str, Evaluation | Sequence[Evaluation]],  # of the other
@@ -288,7 +288,7 @@ def slice_differences(
     corrected = pl.Series('p_corrected', holm([row['p'] for row in rows]))
     return pl.DataFrame(rows).with_columns(corrected).with_columns(pl.selectors.float().fill_nan(None))
 
-# %% ../nbs/api/08a_slices.ipynb #cell-38
+# %% ../nbs/api/08a_slices.ipynb #cell-57
 def won_back(
     before: Mapping[str, Evaluation | Sequence[Evaluation]],  # slice -> evaluation of the model without the remedy (or one per seed)
     after: Mapping[str, Evaluation | Sequence[Evaluation]],  # with it

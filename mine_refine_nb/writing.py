@@ -41,7 +41,7 @@ HOW = {'positive': 'Word it naturally; leave out what few shoppers would type.',
 SHOWN = dict(en=('acme black steel mug 12 oz', 'black steel acme coffee mug 12 oz'), es=('funda cuero negra 15 cm', 'funda negra de cuero 15 cm'),
              ja=('ソナロ ケース 本革 黒', 'ソナロ 黒 本革ケース'))
 
-
+# %% ../nbs/api/05a_writing.ipynb #cell-6
 def writing_chat(
     wish: Mapping,  # a row of SYNTHETIC: query (the template's words), locale, kind
     title: str,  # of its product
@@ -54,7 +54,7 @@ def writing_chat(
     return [{'role': 'system', 'content': f"{TASK.format(language=NAMES[language])} {HOW[wish['kind']]}"},
             user({'wanted': wanted}), {'role': 'assistant', 'content': written}, user(about)]
 
-# %% ../nbs/api/05a_writing.ipynb #cell-8
+# %% ../nbs/api/05a_writing.ipynb #cell-10
 class Writer(Protocol):
     "Whoever can write."
     name: str  # who: goes into the provenance of every query
@@ -64,7 +64,7 @@ class Writer(Protocol):
         "Per chat a text, or None and the reason."
         ...
 
-
+# %% ../nbs/api/05a_writing.ipynb #cell-12
 @dataclass
 class LocalWriter:
     "A causal language model on this machine."
@@ -78,7 +78,7 @@ class LocalWriter:
 
     def write(self, chats: list[list[dict[str, str]]]) -> list[tuple[str | None, str | None]]: return write_locally(self, chats)
 
-# %% ../nbs/api/05a_writing.ipynb #cell-9
+# %% ../nbs/api/05a_writing.ipynb #cell-14
 @torch.inference_mode()
 def write_locally(
     writer: LocalWriter,
@@ -98,7 +98,7 @@ def write_locally(
                                       max_new_tokens=writer.tokens, pad_token_id=pad)
     return [(writer.tokenizer.decode(row[width:], skip_special_tokens=True), None) for row in found]
 
-# %% ../nbs/api/05a_writing.ipynb #cell-11
+# %% ../nbs/api/05a_writing.ipynb #cell-16
 @dataclass
 class RemoteWriter:
     "A model behind an OpenAI-compatible endpoint."
@@ -113,7 +113,7 @@ class RemoteWriter:
         key = read_key(self.remote.key)
         return run_apart(write_remotely(self, key, chats))
 
-
+# %% ../nbs/api/05a_writing.ipynb #cell-18
 async def write_one(desk: Desk, chat: list[dict[str, str]], tokens: int) -> tuple[str | None, str | None]:
     "One text, or why there is none; raises ValueError for what every chat would run into."
     try:
@@ -125,7 +125,7 @@ async def write_one(desk: Desk, chat: list[dict[str, str]], tokens: int) -> tupl
         if error.status in FATAL: raise stop_for(desk.annotator, reason, error.status) from None
         return None, reason
 
-
+# %% ../nbs/api/05a_writing.ipynb #cell-20
 async def write_remotely(writer: RemoteWriter, key: str, chats: list[list[dict[str, str]]]) -> list[tuple[str | None, str | None]]:
     "The texts of a batch, in the order of the chats."
     async with open_client(writer.remote, key) as client:
@@ -138,7 +138,7 @@ async def write_remotely(writer: RemoteWriter, key: str, chats: list[list[dict[s
             raise errors.exceptions[0] from None
         return known + [task.result() for task in rest]
 
-# %% ../nbs/api/05a_writing.ipynb #cell-15
+# %% ../nbs/api/05a_writing.ipynb #cell-24
 LABELLED = re.compile(r'^(?:search |shopper )?(?:query|búsqueda|検索)\s*[:：]\s*', re.I)
 MOST_WORDS, MOST_LETTERS = 12, 80
 
@@ -152,7 +152,7 @@ def read_query(
     if not normalise_query(query) or len(query) > MOST_LETTERS or len(query.split()) > MOST_WORDS: return None
     return None if re.search(r'[{}<>|?!:;。？！：]', query) else query
 
-# %% ../nbs/api/05a_writing.ipynb #cell-18
+# %% ../nbs/api/05a_writing.ipynb #cell-27
 DRAFTS = SYNTHETIC | dict(wish=pl.String, answer=pl.String, dropped=pl.String)
 
 
@@ -160,7 +160,7 @@ def chat_key(writer: Writer, chat: list[dict[str, str]]) -> str:
     "Under which an answer is remembered."
     return hashlib.sha256(json.dumps([writer.name, chat], ensure_ascii=False).encode()).hexdigest()[:20]
 
-
+# %% ../nbs/api/05a_writing.ipynb #cell-29
 def write_queries(
     wishes: pl.DataFrame,  # SYNTHETIC, from `augment.template_queries`
     data: RelevanceData,
@@ -186,12 +186,12 @@ def write_queries(
     made = wishes.with_columns(author=pl.lit(writer.name), **{name: pl.Series(values, dtype=pl.String) for name, values in columns.items()})
     return made.select(pl.col(name).cast(kind) for name, kind in DRAFTS.items())
 
-
+# %% ../nbs/api/05a_writing.ipynb #cell-31
 def mark(drafts: pl.DataFrame, bad: Sequence[bool], reason: str) -> pl.DataFrame:
     "Drop the drafts that are bad and not dropped yet."
     return drafts.with_columns(dropped=pl.when(pl.col('dropped').is_null() & pl.Series(list(bad), dtype=pl.Boolean)).then(pl.lit(reason)).otherwise('dropped'))
 
-# %% ../nbs/api/05a_writing.ipynb #cell-22
+# %% ../nbs/api/05a_writing.ipynb #cell-35
 def exchanged_value(
     wish: str,  # the template's words
     asked: Sequence[str],  # names of the facts in it
@@ -204,7 +204,7 @@ def exchanged_value(
         if name != exchanged: rest = rest.replace(f' {product[name]} ', '  ', 1)
     return rest.strip()
 
-
+# %% ../nbs/api/05a_writing.ipynb #cell-37
 def keep_rules(
     drafts: pl.DataFrame,  # DRAFTS
     data: RelevanceData,
@@ -220,7 +220,7 @@ def keep_rules(
         copied.append(normalise_query(query) == titles[row['product_id']])
     return mark(mark(drafts, lost, 'the exchanged fact is lost'), copied, 'the title over again')
 
-# %% ../nbs/api/05a_writing.ipynb #cell-25
+# %% ../nbs/api/05a_writing.ipynb #cell-40
 def keep_new(
     drafts: pl.DataFrame,  # DRAFTS
     data: RelevanceData,
@@ -236,7 +236,7 @@ def keep_new(
     safe = {*without_leaks(alive, data.queries)['query']}
     return mark(drafts, [query not in safe for query in drafts['query']], 'nearly a query that stays unseen')
 
-# %% ../nbs/api/05a_writing.ipynb #cell-27
+# %% ../nbs/api/05a_writing.ipynb #cell-42
 def keep_found(
     drafts: pl.DataFrame,  # DRAFTS
     queries: np.ndarray,  # [n, d] a unit row per draft; rows of dropped ones are not looked at
@@ -249,7 +249,7 @@ def keep_found(
     back = {*round_trip(drafts.filter(alive), queries[alive.to_numpy()], data, products, k)['query']}
     return mark(drafts, [query not in back for query in drafts['query']], f'the product is not among the first {k}')
 
-
+# %% ../nbs/api/05a_writing.ipynb #cell-44
 def keep_agreed(
     drafts: pl.DataFrame,  # DRAFTS
     data: RelevanceData,
@@ -268,14 +268,14 @@ def keep_agreed(
         drafts = mark(drafts, bad, 'the annotator could not judge it' if grade is None else f'the annotator says {grade}')
     return drafts
 
-# %% ../nbs/api/05a_writing.ipynb #cell-29
+# %% ../nbs/api/05a_writing.ipynb #cell-46
 def written_queries(
     drafts: pl.DataFrame,  # DRAFTS that passed what they were put through
 ) -> pl.DataFrame:  # SYNTHETIC, for `augment.augment_synthetic`
     "The drafts that nobody dropped."
     return drafts.filter(pl.col('dropped').is_null()).select(*SYNTHETIC)
 
-
+# %% ../nbs/api/05a_writing.ipynb #cell-48
 def funnel(
     drafts: pl.DataFrame,  # DRAFTS
 ) -> pl.DataFrame:  # reason, then one column of counts per kind

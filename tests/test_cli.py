@@ -151,7 +151,7 @@ def test_search_answers_with_scores_and_verdicts(folder):
     shown = call("search", folder, "phone case", "-k", 3, "--locale", "en").stdout
     assert "verdict" in shown and "case" in shown.lower()
     assert call("search", folder / "model", "phone case", "-k", 3, "--locale", "en").stdout == shown
-    assert "no finished run" in call("search", folder / "nothing", "x", code=2).stderr
+    assert "holds no run" in call("search", folder / "nothing", "x", code=2).stderr
     assert "empty" in call("search", folder, " ", code=2).stderr
 
 

@@ -516,6 +516,8 @@ def test_saved_data_that_was_changed_is_refused(tmp_path):
     products = pl.read_parquet(folder / "products.parquet").with_columns(brand=pl.lit("X"))
     products.write_parquet(folder / "products.parquet")
     with pytest.raises(DataError, match="changed after it was saved"): load_data(folder)
+    products.drop("brand").write_parquet(folder / "products.parquet")
+    with pytest.raises(DataError, match="changed after it was saved"): load_data(folder)
     with pytest.raises(DataError, match="holds no saved data"): RelevanceData.load(tmp_path)
 
 
