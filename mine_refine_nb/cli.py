@@ -212,6 +212,7 @@ class BenchKind(str, Enum):
     "What is measured."
 
     speed = "speed"
+    quality = "quality"
     audit = "audit"
 
 # %% ../nbs/api/19_cli.ipynb #5fb22341
@@ -219,16 +220,25 @@ class BenchKind(str, Enum):
 def bench(
     kind: Annotated[BenchKind, typer.Argument(help="What to measure.")],
     out: Annotated[Path, typer.Option(help="JSON file.")],
+    data: Annotated[str | None, typer.Argument(help="For quality: a folder in the ESCI layout, or `market`.")] = None,
     pairs: Annotated[int, typer.Option(help="Pairs that the annotator labels.")] = 192,
     rows: Annotated[int, typer.Option(help="Rows of the log that is audited.")] = 10_000_000,
-    seeds: Annotated[int, typer.Option(help="For audit: simulated markets, seeds 0, 1, ...")] = 1,
+    peers: Annotated[bool, typer.Option(help="For speed: also against other libraries, which takes most of an hour.")] = True,
+    seeds: Annotated[int, typer.Option(help="For audit and quality: seeds 0, 1, ...")] = 1,
+    folds: Annotated[int, typer.Option(help="For quality: how many of the five folds.")] = 5,
 ) -> None:
-    "Measure: speed (annotator and audit, how fast and in how much memory), audit (what it finds, and what its corrections do for training)."
+    "Measure speed, quality (the same judgments under the losses of other libraries) or audit (what it finds, and what its corrections do for training)."
     quiet_libraries()
     from mine_refine_nb.bench import bench_audit, bench_speed
 
     if kind is BenchKind.audit: print_table(bench_audit(out, range(seeds)), "mistakes found by review, medians over the markets")
-    else: print_table(bench_speed(out, pairs, rows=rows), "speed and memory")
+    elif kind is BenchKind.speed: print_table(bench_speed(out, pairs, rows=rows, peers=peers), "speed and memory")
+    else:
+        from mine_refine_nb.contest import CONTESTS, Contest, bench_quality
+
+        if data is None:
+            raise ValueError("quality is measured on data: give a folder in the ESCI layout, or `market`")
+        print_table(bench_quality(data, out, folds=range(folds), seeds=range(seeds), contests=[Contest("market")] if data == "market" else CONTESTS), "against our recipe")
     OUT.print(f"written to {out}", soft_wrap=True)
 
 # %% ../nbs/api/19_cli.ipynb #cell-22

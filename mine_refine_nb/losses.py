@@ -80,7 +80,8 @@ def masked_logsumexp(
 ) -> tuple[Tensor, Tensor]:  # log-sum-exp per row [rows], and whether the row had any value [rows]
     "Log-sum-exp over the masked values of each row; an empty row gives 0 and no gradient."
     some = mask.any(1)
-    kept = x.masked_fill(~mask, torch.finfo(x.dtype).min)  # not -inf: an empty row would give NaN on the way back
+    # not -inf: an empty row would give NaN on the way back
+    kept = x if mask.all() else x.masked_fill(~mask, torch.finfo(x.dtype).min)
     return kept.logsumexp(1).masked_fill(~some, 0), some
 
 # %% ../nbs/api/06_losses.ipynb #cell-22
@@ -124,9 +125,9 @@ def supcon_per_query(
     "L_out or L_in of Khosla et al. for each query, positives weighted; 0 without a positive."
     mass = weight.sum(1)
     has = mass > 0
-    weight = weight / mass.where(has, 1)[:, None]
-    if inside: pull, _ = masked_logsumexp(x + weight.log(), weight > 0)
-    else: pull = (weight * x).sum(1)
+    mass = mass.where(has, 1)
+    if inside: pull, _ = masked_logsumexp(x + (weight / mass[:, None]).log(), weight > 0)
+    else: pull = (weight * x).sum(1) / mass
     return (log_total - pull).where(has, 0), has
 
 # %% ../nbs/api/06_losses.ipynb #cell-33
@@ -181,7 +182,8 @@ def supcon_loss(
     log_total, counted = masked_logsumexp(x, resolved >= 0)
     total, counted = log_total * 0, torch.zeros_like(counted)
     for target in targets:
-        weight = sum((resolved == g).to(x.dtype) * w for g, w in target.weights.items())
+        weight = torch.zeros_like(x)
+        for g, w in target.weights.items(): weight.masked_fill_(resolved == g, w)
         loss, has = supcon_per_query(x, log_total, weight, inside)
         total, counted = total + target.share * loss, counted | has
     return mean_or_parts(total, counted, parts)

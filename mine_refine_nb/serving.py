@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import faiss
 import numpy as np
@@ -35,13 +36,14 @@ from .mining import build_index
 from .thresholds import Calibrator
 
 # %% auto #0
-__all__ = ['FACTORIES', 'COSTS', 'STAGES', 'ProductIndex', 'check_products', 'fill_factory', 'build_products',
+__all__ = ['FACTORIES', 'COSTS', 'STAGES', 'ProductIndex', 'check_ids', 'check_products', 'fill_factory', 'build_products',
            'search_parameters', 'select', 'places', 'search_products', 'kept_vectors', 'keeps_numbers', 'strike',
            'drop', 'remove_products', 'add_products', 'save_index', 'load_index', 'query_seconds', 'largest_error',
-           'index_speed', 'rotated', 'shortened', 'as_int8', 'as_signs', 'rescored', 'small_vectors',
-           'encoder_fingerprint', 'catalogue_fingerprint', 'kept_index', 'SearchAnswer', 'judge', 'Searcher',
-           'check_search', 'found_text', 'answer', 'stage_encoder', 'read_scale', 'open_searcher', 'import_onnxruntime',
-           'Recorded', 'write_onnx', 'OnnxBody', 'load_onnx', 'agreement', 'export_onnx', 'encoder_speed']
+           'index_measures', 'index_speed', 'shortened', 'rotated', 'as_int8', 'as_signs', 'rescored', 'vector_forms',
+           'small_vectors', 'encoder_fingerprint', 'catalogue_fingerprint', 'kept_index', 'SearchAnswer', 'judge',
+           'Searcher', 'check_search', 'found_text', 'answer', 'stage_encoder', 'read_scale', 'open_searcher',
+           'import_onnxruntime', 'Recorded', 'write_onnx', 'OnnxBody', 'load_onnx', 'agreement', 'export_onnx',
+           'encoder_speed']
 
 # %% ../nbs/api/13_serving.ipynb #cell-9
 @dataclass
@@ -75,6 +77,18 @@ class ProductIndex:
     def __repr__(self) -> str: return f'ProductIndex({len(self):,} products, {self.index.d} dimensions, {self.factory})'
 
 # %% ../nbs/api/13_serving.ipynb #cell-11
+def check_ids(
+    product_ids: Sequence[str],   # of products that go into an index
+) -> None:
+    "One clear error unless all ids are strings, and no id comes twice."
+    odd = [i for i in product_ids if not isinstance(i, str)]
+    if odd: raise ValueError(f'index: product ids are strings, not {odd[0]!r}')
+    if len(set(product_ids)) < len(product_ids):
+        twice = pl.Series(product_ids).value_counts().filter(pl.col('count') > 1)
+        raise ValueError(f'index: {len(twice)} product ids occur more than once, one is {twice[0, 0]!r}; keep one row '
+                         'of each')
+
+# %% ../nbs/api/13_serving.ipynb #cell-11b
 def check_products(
     product_ids: Sequence[str],   # of the vectors
     vectors: np.ndarray,          # [n, d]
@@ -87,12 +101,7 @@ def check_products(
     if dim is not None and vectors.shape[1] != dim:
         raise ValueError(f'index: vectors of {vectors.shape[1]} dimensions do not go with an index of {dim}; they come '
                          'from another encoder')
-    odd = [i for i in ids if not isinstance(i, str)]
-    if odd: raise ValueError(f'index: product ids are strings, not {odd[0]!r}')
-    if len(set(ids)) < len(ids):
-        twice = pl.Series(ids).value_counts().filter(pl.col('count') > 1)
-        raise ValueError(f'index: {len(twice)} product ids occur more than once, one is {twice[0, 0]!r}; keep one row '
-                         'of each')
+    check_ids(ids)
     off = ~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3)   # NaN is off too
     if off.any(): raise ValueError(f'index: {off.sum()} vectors are not of length 1, the first is that of '
                                    f'{ids[off.argmax()]!r}; normalise them')
@@ -158,7 +167,7 @@ def select(
     bits[self.numbers[only]] = True
     return faiss.IDSelectorBitmap(np.packbits(bits, bitorder='little'))
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-22b
 def places(
     self: ProductIndex,
     product_ids: Iterable[str],
@@ -211,7 +220,7 @@ def keeps_numbers(
     if isinstance(index, faiss.IndexPreTransform): return keeps_numbers(index.index)
     return isinstance(index, faiss.IndexIVF)
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-30b
 def strike(
     self: ProductIndex,
     gone: np.ndarray,   # positions
@@ -239,7 +248,7 @@ def drop(
         self.index = build_index(vectors[stay], self.factory, self.parameters)
     self.product_ids, self.numbers = self.product_ids[stay], numbers
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-32b
 def remove_products(
     self: ProductIndex,
     product_ids: Iterable[str],
@@ -311,7 +320,7 @@ def load_index(
 FACTORIES = {'Flat': '', 'SQ8': '', 'HNSW32': 'efSearch=64', 'IVF,Flat': '', 'IVF,PQ48x4': '',
              'IVF,PQ48x4,RFlat': 'k_factor_rf=4'}
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-44b
 def query_seconds(
     index: ProductIndex,
     queries: np.ndarray,   # [n, d] unit rows
@@ -341,7 +350,23 @@ def largest_error(
     rows = np.where(there, found, '0').astype(np.int64)
     return float(np.abs(np.einsum('nd,nkd->nk', queries, vectors[rows]) - scores)[there].max())
 
+# %% ../nbs/api/13_serving.ipynb #cell-46b
+def index_measures(
+    index: ProductIndex,    # of `vectors`, with their row numbers as ids
+    vectors: np.ndarray,    # [n, d] unit rows of products
+    queries: np.ndarray,    # [q, d] unit rows
+    true: np.ndarray,       # [q, k] ids that an exact search finds
+) -> dict[str, float]:   # recall, p50_ms, p95_ms, bytes_per_vector, score_error (largest)
+    "What an index finds of the true best, how long a query waits, and what a product weighs."
+    k = true.shape[1]
+    taken = query_seconds(index, queries, k) * 1000
+    found, scores = index.search(queries, k)
+    return {'recall': sum(len(set(a) & set(b)) for a, b in zip(true, found)) / true.size,
+            'p50_ms': np.quantile(taken, .5), 'p95_ms': np.quantile(taken, .95),
+            'bytes_per_vector': len(faiss.serialize_index(index.index)) / len(vectors),
+            'score_error': largest_error(found, scores, queries, vectors)}
 
+# %% ../nbs/api/13_serving.ipynb #cell-46d
 def index_speed(
     vectors: np.ndarray,    # [n, d] unit rows of products
     queries: np.ndarray,    # [q, d] unit rows
@@ -354,25 +379,12 @@ def index_speed(
     for factory, parameters in factories.items():
         started = time.perf_counter()
         index = build_products(ids, vectors, factory, parameters)
-        built, taken = time.perf_counter() - started, query_seconds(index, queries, k) * 1000
-        found, scores = index.search(queries, k)
-        rows.append({'factory': index.factory, 'parameters': index.parameters,
-                     'recall': sum(len(set(a) & set(b)) for a, b in zip(true, found)) / true.size,
-                     'p50_ms': np.quantile(taken, .5), 'p95_ms': np.quantile(taken, .95),
-                     'bytes_per_vector': len(faiss.serialize_index(index.index)) / len(vectors),
-                     'score_error': largest_error(found, scores, queries, vectors), 'build_s': built})
+        built = time.perf_counter() - started
+        rows.append({'factory': index.factory, 'parameters': index.parameters}
+                    | index_measures(index, vectors, queries, true) | {'build_s': built})
     return pl.DataFrame(rows)
 
 # %% ../nbs/api/13_serving.ipynb #cell-53
-def rotated(
-    emb: Embeddings,
-    dim: int,   # numbers to keep
-) -> Embeddings:
-    "Vectors cut to their leading principal directions, which are those of the products."
-    directions = principal_directions(emb.products, dim).numpy().T
-    return shortened(replace(emb, queries=emb.queries @ directions, products=emb.products @ directions), dim)
-
-
 def shortened(
     emb: Embeddings,
     dim: int,   # numbers to keep
@@ -380,6 +392,15 @@ def shortened(
     "Vectors cut to their first numbers, as `truncate_dim` does."
     parts = {side: getattr(emb, side)[:, :dim] for side in ('queries', 'products')}
     return replace(emb, **{side: part / np.linalg.norm(part, axis=1, keepdims=True) for side, part in parts.items()})
+
+# %% ../nbs/api/13_serving.ipynb #cell-53b
+def rotated(
+    emb: Embeddings,
+    dim: int,   # numbers to keep
+) -> Embeddings:
+    "Vectors cut to their leading principal directions, which are those of the products."
+    directions = principal_directions(emb.products, dim).numpy().T
+    return shortened(replace(emb, queries=emb.queries @ directions, products=emb.products @ directions), dim)
 
 # %% ../nbs/api/13_serving.ipynb #cell-55
 def as_int8(
@@ -391,7 +412,7 @@ def as_int8(
     back = ranges[0] + (codes + 128.5) * (ranges[1] - ranges[0]) / 255   # the middle of each step
     return replace(emb, products=(back / np.linalg.norm(back, axis=1, keepdims=True)).astype(np.float32))
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-55b
 def as_signs(
     emb: Embeddings,
 ) -> Embeddings:
@@ -423,7 +444,20 @@ def rescored(
 # %% ../nbs/api/13_serving.ipynb #cell-60
 COSTS = ('ndcg@10', 'recall@50', 'auc_2', 'auc_1')
 
+# %% ../nbs/api/13_serving.ipynb #cell-60b
+def vector_forms(
+    emb: Embeddings,       # of one encoder
+    dims: Sequence[int],   # shorter vectors to try; those not shorter are left out
+) -> dict[str, tuple[Embeddings, float]]:   # name -> vectors, bytes per number
+    "The same vectors in full, coarser, and shorter."
+    forms = {'float32': (emb, 4), 'int8': (as_int8(emb), 1), 'binary': (as_signs(emb), 1 / 8)}
+    for dim in (d for d in dims if d < emb.products.shape[1]):
+        cut = rotated(emb, dim)
+        forms |= {f'leading {dim}, float32': (shortened(emb, dim), 4), f'rotated {dim}, float32': (cut, 4),
+                  f'rotated {dim}, int8': (as_int8(cut), 1)}
+    return forms
 
+# %% ../nbs/api/13_serving.ipynb #cell-60d
 def small_vectors(
     emb: Embeddings,        # of one encoder
     data: RelevanceData,
@@ -431,18 +465,12 @@ def small_vectors(
     dims: Sequence[int] = (256, 128, 64, 32),   # shorter vectors to try; those not shorter are left out
 ) -> pl.DataFrame:   # vectors, dim, memory and stored (bytes per product), COSTS
     "What shorter and coarser vectors cost in order and in separation."
-    full, part = emb.products.shape[1], data.split(split)
-    forms = {'float32': (emb, 4), 'int8': (as_int8(emb), 1), 'binary': (as_signs(emb), 1 / 8)}
-    for dim in (d for d in dims if d < full):
-        cut = rotated(emb, dim)
-        forms |= {f'leading {dim}, float32': (shortened(emb, dim), 4), f'rotated {dim}, float32': (cut, 4),
-                  f'rotated {dim}, int8': (as_int8(cut), 1)}
-    rows = []
+    full, forms, rows = emb.products.shape[1], vector_forms(emb, dims), []
     for name, (some, size) in forms.items():
         dim, values = some.products.shape[1], evaluate(some, data, split).values
         rows.append({'vectors': name, 'dim': dim, 'memory': size * dim, 'stored': size * dim}
                     | {m: values[m] for m in COSTS})
-    both = rescored(forms['binary'][0], forms['int8'][0], part)
+    both = rescored(forms['binary'][0], forms['int8'][0], data.split(split))
     rows.insert(3, {'vectors': 'binary, then int8', 'dim': full, 'memory': full / 8, 'stored': full / 8 + full}
                 | {m: both[m] for m in COSTS})
     return pl.DataFrame(rows, schema_overrides={'memory': pl.Float64, 'stored': pl.Float64})
@@ -458,7 +486,7 @@ def encoder_fingerprint(
         mark.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return mark.hexdigest()[:16]
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-66b
 def catalogue_fingerprint(
     products: pl.DataFrame,   # of `RelevanceData`
 ) -> str:   # 16 hex digits
@@ -568,7 +596,7 @@ def found_text(
     if passed == len(scores): return f'the best {passed} of {pool:,} products, all at least {name}'
     return f'only {passed} of {pool:,} products are at least {name}'
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-80b
 def answer(
     self: Searcher,
     query: str,                   # what a shopper typed
@@ -592,7 +620,7 @@ def answer(
 # %% ../nbs/api/13_serving.ipynb #cell-85
 STAGES = {'pretrained': None, 'stage1': 'stage1', 'stage2': 'model'}   # stage -> its encoder's folder in a run
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-85b
 def stage_encoder(
     folder: str | Path,     # of a run
     stage: str,             # a key of `STAGES`
@@ -643,7 +671,7 @@ def open_searcher(
     return Searcher(model, index, data, *read_scale(folder, stage))
 
 # %% ../nbs/api/13_serving.ipynb #cell-91
-def import_onnxruntime():
+def import_onnxruntime() -> ModuleType:
     "The module; raises ValueError with what to install."
     try: return import_module('onnxruntime')
     except ModuleNotFoundError as error:
@@ -659,7 +687,7 @@ class Recorded(torch.nn.Module):
 
     def forward(self, *inputs): return self.body(**dict(zip(self.names, inputs))).last_hidden_state
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-93b
 def write_onnx(
     model: SentenceTransformer,
     file: Path,   # onnx/model.onnx
@@ -692,7 +720,7 @@ class OnnxBody(torch.nn.Module):
         states = self.session.run(None, {name: given[name].numpy() for name in self.names})[0]
         return BaseModelOutput(last_hidden_state=torch.from_numpy(states))
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-95b
 def load_onnx(
     folder: str | Path,    # as from `export_onnx`
     threads: int = 0,      # of one query; 0: as many as there are cores
@@ -716,7 +744,7 @@ def agreement(
     return min(float(np.einsum('nd,nd->n', encode(a, texts, side), encode(b, texts, side)).min())
                for side in ('query', 'document'))
 
-
+# %% ../nbs/api/13_serving.ipynb #cell-97b
 def export_onnx(
     model: SentenceTransformer,
     folder: str | Path,       # new, or of an earlier export, which is replaced
