@@ -25,6 +25,7 @@ import torch
 
 from .annotator import LocalAnnotator, answer_tokens, chat_frame, grade_scores, load_llm, pad_left, pair_tokens
 from .audit import audit, correct, found_at
+from .augment import spelling_speed
 from .cross_encoder import CrossRecipe, train_cross
 from .data import RelevanceData, load_data
 from .judging import PROBABILITIES, annotate, pairs_of
@@ -164,7 +165,8 @@ def bench_speed(
 ) -> list[dict]:           # figure, value: for a table
     "Measure and write how fast everything is; figures of peers that the file has already are kept."
     found = bench_peers(out) if peers else {}
-    found |= {"annotator": apart(f"annotator_speed({pairs}, {rounds})"), "audit": audit_speed(rows), "index": index_figures(vectors)}
+    found |= {"annotator": apart(f"annotator_speed({pairs}, {rounds})"), "audit": audit_speed(rows), "index": index_figures(vectors),
+              "augment": {"seconds_per_million_copies": spelling_speed()}}
     write_json(out, found)
     return list(figures(found))
 
