@@ -113,6 +113,7 @@ def test_pairs_that_cannot_be_annotated_are_explained(folder, tmp_path):
     assert "the product has no title" in call(*given).stdout and pl.read_csv(tmp_path / "x.csv")["grade"].null_count() == 1
 
 
+@pytest.mark.slow
 def test_a_saved_annotator_serves_another_run_and_none_is_trained_over_it(folder, tmp_path):
     assert "already holds an annotator" in call("train-annotator", "market", "--out", folder / "annotator", code=2).stderr
     done = call("run", "market", "--out", tmp_path / "second", *SMOKE, "--annotator", folder / "annotator")
@@ -249,6 +250,7 @@ def test_unknown_options_name_the_choices():
 
 
 @pytest.mark.skipif(not ESCI.exists(), reason="the ESCI sample is not beside this checkout (../shared/data/esci)")
+@pytest.mark.slow
 def test_esci_in_its_published_layout(tmp_path):
     call("run", ESCI, "--out", tmp_path / "esci", *SMOKE)
     metrics = json.loads((tmp_path / "esci" / "metrics.json").read_text())
