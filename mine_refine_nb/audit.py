@@ -22,7 +22,7 @@ from scipy.special import softmax
 from scipy.stats import betabinom, nbinom
 
 from .data import CORRECTION_COLUMNS, COUNTS, DataError, Note, RelevanceData
-from .grades import DEFAULT_GUIDELINE
+from .grades import DEFAULT_GUIDELINE, UNJUDGED
 from .judging import PROBABILITIES, Annotator, annotate
 
 # %% ../nbs/api/04_audit.ipynb #cell-7
@@ -575,11 +575,12 @@ def check_corrections(
                                      else pl.col(name).cast(pl.String) for name in CORRECTION_COLUMNS)
     twice = corrections.filter(pl.struct(key).is_duplicated())
     if twice.height: raise DataError(f"{twice['product_id'][0]!r} is corrected twice for query_id {twice['query_id'][0]}: settle on one grade first")
-    known = corrections.join(data.judgments.select(*key, now="grade"), on=key, how="left", maintain_order="left")
-    stale = known.filter(pl.col("now").is_null() | pl.col("now").ne_missing(pl.col("old_grade")))
+    known = corrections.join(data.judgments.select(*key, now=pl.col("grade").cast(pl.Int8)), on=key, how="left", maintain_order="left")
+    first = (pl.col("old_grade") == UNJUDGED) & pl.col("query_id").is_in(data.judgments["query_id"].implode()) & pl.col("product_id").is_in(data.products["product_id"].implode())
+    stale = known.filter(pl.when(pl.col("now").is_null()).then(~first.fill_null(False)).otherwise(pl.col("now").ne_missing(pl.col("old_grade"))))
     if stale.height:
         row = stale.row(0, named=True)
-        now = "is not judged" if row["now"] is None else f"has grade {row['now']}"
+        now = ("is not judged" if row["old_grade"] != UNJUDGED else "has a query or a product that is unknown") if row["now"] is None else f"has grade {row['now']}"
         raise DataError(f"{stale.height} corrections do not fit {data.name}: product_id {row['product_id']} of query_id {row['query_id']} {now} here, "
                         f"the correction knows {row['old_grade']}. Audit this version of the data again")
     return corrections
@@ -594,5 +595,8 @@ def correct(
     if not corrections.height: return data
     key = ["query_id", "product_id"]
     new = data.judgments.join(corrections.select(*key, new="grade"), on=key, how="left", maintain_order="left")
+    queries = data.judgments.select("query_id", "query", "locale", "split").unique("query_id", maintain_order=True)
+    first = corrections.filter(pl.col("old_grade") == UNJUDGED).join(queries, on="query_id", maintain_order="left")
+    judgments = pl.concat([new.with_columns(grade=pl.coalesce("new", "grade")).drop("new"), first.select(data.judgments.columns)])
     history = corrections if data.corrections is None else pl.concat([data.corrections, corrections])
-    return replace(data, judgments=new.with_columns(grade=pl.coalesce("new", "grade")).drop("new"), corrections=history)
+    return replace(data, judgments=judgments, corrections=history)

@@ -9,7 +9,6 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import bm25s
 import numpy as np
@@ -18,14 +17,13 @@ import polars as pl
 from .data import RelevanceData, candidates, normalise_query, product_text
 from .encoder import Embeddings, with_similarity
 from .grades import UNJUDGED, Grade
-from .metrics import (Evaluation, boundary_metrics, compare, definitions, exponential_gains,
-                                    listed_queries, locale_metrics, query_metrics, search_catalogue, summarise)
+from .metrics import Evaluation, compare, evaluate_run, search_catalogue
 from .thresholds import Calibrator, calibrate_pairs
 
 # %% auto #0
 __all__ = ['UNSPACED', 'METHODS', 'SMOOTH', 'WEIGHTS', 'plain_word', 'words_of', 'possible_score', 'WordIndex', 'index_words',
-           'search_words', 'score_words', 'pool', 'reciprocal', 'stretched', 'Blend', 'blend_scores', 'evaluate_run',
-           'ranked', 'evaluate_scores', 'blends', 'fit_blend', 'blend_table', 'keep_above', 'answers']
+           'search_words', 'score_words', 'pool', 'reciprocal', 'stretched', 'Blend', 'blend_scores', 'ranked',
+           'evaluate_scores', 'blends', 'fit_blend', 'blend_table', 'keep_above', 'answers']
 
 # %% ../nbs/api/12c_blending.ipynb #cell-6
 UNSPACED = re.compile(r'[ぁ-ゟ゠-ヿㇰ-ㇿ㐀-䶿一-鿿豈-﫿ー々฀-໿]+')    # kana, Han, Thai, Lao
@@ -196,33 +194,6 @@ def blend_scores(
         return rows.select(reciprocal(ranks) if blend.method == 'ranks' else stretched(pl.col(name), ranks)).to_series()
     parts = part('dense'), part('words')
     return (blend.weight * parts[0] + (1 - blend.weight) * parts[1]).rename('score')
-
-# %% ../nbs/api/12c_blending.ipynb #cell-35
-def evaluate_run(
-    run: pl.DataFrame,       # query_id, product_id, rank, score: a query's rows together, best first
-    pairs: pl.DataFrame,     # query_id, product_id, locale, grade, score: every judged pair of the split
-    data: RelevanceData,     # with these judgments
-    split: str | None = 'test',    # evaluated; None for all judgments
-    min_judged: int = 10,    # judged products that make a query count in the main numbers
-) -> Evaluation:             # comparable with those of `metrics.evaluate`
-    "Measure the ranking and the separation of any system that gives lists and scores."
-    data = data.split(split) if split else data
-    least, listed = listed_queries(data.queries, min_judged)
-    queries = data.queries.select('query_id', 'query', 'locale', 'judged').with_columns(listed=listed)
-    pairs = pairs.select('query_id', 'product_id', 'locale', 'grade', 'score').join(
-        queries['query_id', 'listed'], on='query_id', maintain_order='left')
-    run = run.join(data.judgments['query_id', 'product_id', 'grade'], how='left', on=['query_id', 'product_id'],
-                   maintain_order='left')
-    metrics = query_metrics(run, pairs, data.products['product_id'].to_list())
-    per_query = queries.join(metrics, on='query_id', maintain_order='left')
-    numbers = partial(summarise, pairs=pairs, names=metrics.columns[1:])
-    values = numbers(per_query.filter('listed')) | dict(min_judged=max(least.values()))
-    return Evaluation(
-        counts={name: values.pop(name) for name in ('queries', 'judgments', 'min_judged')}, values=values,
-        per_locale=locale_metrics(per_query, least, numbers), per_query=per_query, pairs=pairs,
-        pairwise=boundary_metrics(pairs['score'], pairs['grade']) | dict(judgments=len(pairs)),
-        run=run.with_columns(pl.col('grade').fill_null(UNJUDGED)),
-        definitions=definitions(data, split, min_judged, exponential_gains()))
 
 # %% ../nbs/api/12c_blending.ipynb #cell-37
 def ranked(

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['PRODUCT_COLUMNS', 'JUDGMENT_COLUMNS', 'COUNTS', 'SPLITS', 'CORRECTION_COLUMNS', 'FRAMES', 'SAVED', 'LISTED',
-           'PROBLEMS', 'PRODUCT_SCHEMA', 'ENGAGEMENT_SCHEMA', 'NEAR', 'ESCI_FILES', 'ESCI_PRODUCT', 'ESCI_JUDGMENT',
-           'QUERY_SCHEMA', 'WANDS_FILES', 'BEIR_SPLITS', 'LAYOUTS', 'SHADES', 'Note', 'RelevanceData', 'queries_of',
-           'take_split', 'query_ids', 'DataError', 'Source', 'line_of', 'place', 'refuse', 'text_check', 'as_number',
-           'grade_checks', 'judgment_schema', 'is_count', 'check', 'explain', 'need_columns', 'tidy', 'plain',
-           'normalise_query', 'distinct', 'letter_triples', 'rarest', 'jaccard', 'near_pairs', 'query_groups',
-           'order_groups', 'split_queries', 'find_leaks', 'checked_products', 'check_known', 'check_split',
-           'checked_judgments', 'agree', 'drop_leaks', 'cut_sides', 'settle_split', 'checked_engagement', 'crossing',
-           'make_data', 'utf8', 'read_csv', 'ragged', 'read_jsonl', 'broken_line', 'read_parquet', 'read_table',
-           'one_of', 'file_source', 'read_own', 'first_known', 'tell_apart', 'read_esci', 'with_queries', 'read_wands',
-           'read_qrels', 'binary_grades', 'read_beir', 'Layout', 'detect_layout', 'label_map', 'load_data',
-           'product_text', 'candidates', 'summarise', 'data_text', 'mix_bar', 'judged_line', 'summary_row', 'data_html',
-           'hash_frame', 'fingerprint_data', 'write_frames', 'save_data', 'load_saved']
+           'PROBLEMS', 'PRODUCT_SCHEMA', 'ENGAGEMENT_SCHEMA', 'PLAIN', 'NEAR', 'MEET', 'ESCI_FILES', 'ESCI_PRODUCT',
+           'ESCI_JUDGMENT', 'QUERY_SCHEMA', 'WANDS_FILES', 'BEIR_SPLITS', 'LAYOUTS', 'SHADES', 'Note', 'RelevanceData',
+           'queries_of', 'take_split', 'query_ids', 'DataError', 'Source', 'line_of', 'place', 'refuse', 'text_check',
+           'as_number', 'grade_checks', 'judgment_schema', 'is_count', 'check', 'explain', 'need_columns', 'tidy',
+           'plain', 'Plain', 'normalise_query', 'distinct', 'triple_numbers', 'letter_triples', 'least_shared',
+           'rarest', 'jaccard', 'near_pairs', 'Likeness', 'likeness', 'query_groups', 'order_groups', 'split_queries',
+           'find_leaks', 'checked_products', 'check_known', 'check_split', 'checked_judgments', 'agree', 'leak_notes',
+           'cut_sides', 'settle_split', 'checked_engagement', 'crossing', 'make_data', 'utf8', 'read_csv', 'ragged',
+           'read_jsonl', 'broken_line', 'read_parquet', 'read_table', 'one_of', 'file_source', 'read_own',
+           'first_known', 'tell_apart', 'read_esci', 'with_queries', 'read_wands', 'read_qrels', 'binary_grades',
+           'read_beir', 'Layout', 'detect_layout', 'label_map', 'load_data', 'product_text', 'candidates', 'summarise',
+           'data_text', 'mix_bar', 'judged_line', 'summary_row', 'data_html', 'hash_frame', 'fingerprint_data',
+           'write_frames', 'save_data', 'load_saved']
 
 # %% ../nbs/api/01_data.ipynb #cell-3
 import csv
@@ -29,7 +30,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +40,6 @@ import polars as pl
 from pandera.errors import SchemaErrors
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
-from sklearn.feature_extraction.text import CountVectorizer
 
 from .grades import ESCI_GRADES, WANDS_GRADES, Grade
 
@@ -306,7 +306,6 @@ def tidy(
     return frame.select(*map(trimmed, [*required, *optional]), "_row", "_file")
 
 # %% ../nbs/api/01_data.ipynb #cell-48
-@lru_cache(maxsize=None)
 def plain(
     char: str,   # one character
 ) -> str:
@@ -314,14 +313,22 @@ def plain(
     return " " if unicodedata.category(char)[0] in "PZC" else char
 
 
+class Plain(dict):
+    "For `str.translate`: what `plain` makes of a character, looked up once."
+    def __missing__(self, code: int) -> str: return self.setdefault(code, plain(chr(code)))
+
+
+PLAIN = Plain()
+
+# %% ../nbs/api/01_data.ipynb #cell-50
 def normalise_query(
     text: str,   # a query as typed
 ) -> str:        # its normal form; never empty for a query that is not
     "Fold compatibility forms and case; drop punctuation and repeated spaces."
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(map(plain, folded)).split()) or " ".join(folded.split())
+    folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(folded.translate(PLAIN).split()) or " ".join(folded.split())
 
-# %% ../nbs/api/01_data.ipynb #cell-50
+# %% ../nbs/api/01_data.ipynb #cell-52
 def distinct(
     queries: Iterable[str],   # as typed
 ) -> tuple[list[str], np.ndarray]:   # sorted distinct normal forms; each query's place among them
@@ -331,36 +338,57 @@ def distinct(
     number = {text: at for at, text in enumerate(texts)}
     return texts, np.array([number[form] for form in forms], dtype=int)
 
-# %% ../nbs/api/01_data.ipynb #cell-53
+# %% ../nbs/api/01_data.ipynb #cell-55
 NEAR = 0.8    # Jaccard overlap of letter triples from which two queries count as near-duplicates
+
+
+def triple_numbers(
+    texts: Sequence[str],   # normalised queries
+) -> tuple[np.ndarray, np.ndarray]:   # for each triple, as often as it occurs: its query, its number
+    "Every letter triple inside the words of each query."
+    code = np.frombuffer(f" {' '.join(texts)} ".encode("utf-32-le"), np.uint32).astype(np.int64)
+    middle = np.flatnonzero(code[1:-1] != ord(" ")) + 1
+    ends = np.cumsum([len(text) + 1 for text in texts])    # a query's letters stand before its end
+    return np.searchsorted(ends, middle), (code[middle - 1] << 42) | (code[middle] << 21) | code[middle + 1]
 
 
 def letter_triples(
     texts: Sequence[str],   # normalised queries
 ) -> csr_matrix:            # [queries, triples], 0/1; the rarest triples have the lowest column numbers
     "Which letter triples each query has."
-    counts = CountVectorizer(analyzer="char_wb", ngram_range=(3, 3), binary=True, lowercase=False,
-                             dtype=np.int32).fit_transform(texts)
-    queries_with = np.bincount(counts.indices, minlength=counts.shape[1])
-    by_rarity = np.empty(counts.shape[1], np.int32)
-    by_rarity[np.argsort(queries_with, kind="stable")] = np.arange(counts.shape[1])
-    sets = csr_matrix((counts.data, by_rarity[counts.indices], counts.indptr), shape=counts.shape)
+    query, number = triple_numbers(texts)
+    known, column = np.unique(number, return_inverse=True)
+    starts, shape = np.searchsorted(query, np.arange(len(texts) + 1)), (len(texts), len(known))
+    counts = csr_matrix((np.ones(len(number), np.int32), column, starts), shape=shape)
+    counts.sum_duplicates()    # a triple may come twice in one query
+    by_rarity = np.empty(len(known), np.int32)
+    by_rarity[np.argsort(np.bincount(counts.indices, minlength=len(known)), kind="stable")] = np.arange(len(known))
+    sets = csr_matrix((np.ones_like(counts.data), by_rarity[counts.indices], counts.indptr), shape=shape)
     sets.sort_indices()
     return sets
 
-# %% ../nbs/api/01_data.ipynb #cell-55
+# %% ../nbs/api/01_data.ipynb #cell-57
+MEET = 2    # rare triples that two queries must share before they are compared
+
+
+def least_shared(
+    size: np.ndarray,    # triples of a query
+) -> np.ndarray:         # triples that a near-duplicate has as well
+    "How much of a query's triples a near-duplicate must share."
+    return np.ceil(NEAR * size - 1e-9).astype(int)
+
+
 def rarest(
     sets: csr_matrix,   # [queries, triples] with the rarest first in each row
-) -> csr_matrix:        # the same, with only the triples that a near-duplicate must share one of
+) -> csr_matrix:        # the same, with only the triples among which near-duplicates share `MEET`
     "Keep each row's prefix of rare triples."
     size = np.diff(sets.indptr)
-    keep = size - np.ceil(NEAR * size - 1e-9).astype(int) + 1
+    keep = np.minimum(size - least_shared(size) + MEET, size)
     position = np.arange(sets.nnz) - np.repeat(sets.indptr[:-1], size)
     kept = position < np.repeat(keep, size)
-    starts = np.concatenate([[0], np.cumsum(np.minimum(keep, size))])
-    return csr_matrix((sets.data[kept], sets.indices[kept], starts), shape=sets.shape)
+    return csr_matrix((sets.data[kept], sets.indices[kept], np.concatenate([[0], np.cumsum(keep)])), shape=sets.shape)
 
-# %% ../nbs/api/01_data.ipynb #cell-57
+# %% ../nbs/api/01_data.ipynb #cell-59
 def jaccard(
     sets: csr_matrix,   # [queries, triples]
     left: np.ndarray,   # row numbers
@@ -373,7 +401,7 @@ def jaccard(
     size = np.diff(sets.indptr)
     return shared / (size[left] + size[right] - shared)
 
-# %% ../nbs/api/01_data.ipynb #cell-59
+# %% ../nbs/api/01_data.ipynb #cell-61
 def near_pairs(
     texts: Sequence[str],   # distinct normalised queries
     block: int = 5_000,     # rows compared at a time
@@ -387,24 +415,45 @@ def near_pairs(
     for start in range(0, len(texts), block):
         meet = (prefix[start:start + block] @ columns).tocoo()
         left, right = meet.row + start, meet.col
-        ratio = np.minimum(size[left], size[right]) / np.maximum(size[left], size[right])    # bounds the overlap
-        alike = (left < right) & (ratio >= NEAR - 1e-9)
+        least = least_shared(np.maximum(size[left], size[right]))
+        alike = (left < right) & (meet.data >= np.minimum(least, MEET)) & (np.minimum(size[left], size[right]) >= least)
         left, right = left[alike], right[alike]
         close = jaccard(sets, left, right) >= NEAR - 1e-9
         found.append(np.stack([left[close], right[close]], axis=1))
     return np.concatenate(found)
 
-# %% ../nbs/api/01_data.ipynb #cell-62
-def query_groups(
-    queries: Iterable[str],   # as typed
-) -> np.ndarray:              # a group number per query
-    "Number the groups of queries that are the same or near-duplicates, directly or through others."
-    texts, which = distinct(queries)
-    pairs = near_pairs(texts)
-    links = csr_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(texts), len(texts)))
-    return connected_components(links, directed=False)[1][which]
+# %% ../nbs/api/01_data.ipynb #cell-64
+@dataclass(frozen=True, eq=False)
+class Likeness:
+    "Which of some queries are the same or near-duplicates."
+    forms: np.ndarray    # each query's number among the distinct normal forms
+    pairs: np.ndarray    # [pairs, 2] forms that are near-duplicates
 
-# %% ../nbs/api/01_data.ipynb #cell-65
+    def among(self, rows: np.ndarray) -> "Likeness":    # of some of the queries, by number or mask
+        here, forms = np.unique(self.forms[rows], return_inverse=True)
+        pairs = self.pairs[np.isin(self.pairs, here).all(axis=1)]
+        return Likeness(forms, np.searchsorted(here, pairs))
+
+
+def likeness(
+    queries: Iterable[str],   # as typed
+) -> Likeness:
+    "Compare queries with each other."
+    texts, forms = distinct(queries)
+    return Likeness(forms, near_pairs(texts))
+
+# %% ../nbs/api/01_data.ipynb #cell-66
+def query_groups(
+    queries: Iterable[str],           # as typed
+    alike: Likeness | None = None,    # of these queries, where it is known already
+) -> np.ndarray:                      # a group number per query, from 0 without gaps
+    "Number the groups of queries that are the same or near-duplicates, directly or through others."
+    alike = alike or likeness(queries)
+    size, (left, right) = alike.forms.max(initial=-1) + 1, alike.pairs.T
+    links = csr_matrix((np.ones(len(left), bool), (left, right)), shape=(size, size))
+    return connected_components(links, directed=False)[1][alike.forms]
+
+# %% ../nbs/api/01_data.ipynb #cell-69
 def order_groups(
     queries: pl.DataFrame,   # query, locale, judged
     groups: np.ndarray,      # each query's group
@@ -417,16 +466,17 @@ def order_groups(
     draw = [hashlib.sha1(f"{seed}\t{text}".encode()).hexdigest() for text in strata["text"]]
     return strata.with_columns(draw=pl.Series(draw)).sort("listed", "locale", "draw")["group"].to_numpy()
 
-# %% ../nbs/api/01_data.ipynb #cell-67
+# %% ../nbs/api/01_data.ipynb #cell-71
 def split_queries(
     queries: pl.DataFrame,       # query, locale, judged: one row per query
     share: float = 0.15,         # of the groups that are left, for each side in turn
     seed: int = 0,
     sides: Sequence[str] = ("test", "validation"),   # cut from train in this order
+    alike: Likeness | None = None,                   # of these queries, where it is known already
 ) -> pl.Series:                  # 'train', 'validation' or 'test' per row
     "Split queries so that no query and no near-duplicate stands on two sides."
     if not queries.height: return pl.Series("split", [], dtype=pl.String)
-    groups = query_groups(queries["query"])
+    groups = query_groups(queries["query"], alike)
     left = order_groups(queries, groups, seed)
     side_of = np.full(len(left), "train", dtype=object)
     for side in sides:
@@ -436,14 +486,15 @@ def split_queries(
         left = np.delete(left, chosen)
     return pl.Series("split", side_of[groups].tolist(), dtype=pl.String)
 
-# %% ../nbs/api/01_data.ipynb #cell-70
+# %% ../nbs/api/01_data.ipynb #cell-74
 def find_leaks(
     queries: pl.DataFrame,   # query, split: one row per query
+    alike: Likeness | None = None,    # of these queries, where it is known already
 ) -> np.ndarray:             # true for each query that repeats one of a side that must stay unseen
     "Find validation and training queries that give away a query of a later side."
-    texts, which = distinct(queries["query"])
-    pairs, leaks = near_pairs(texts), np.zeros(len(which), bool)
-    protected = np.zeros(len(texts), bool)
+    alike = alike or likeness(queries["query"])
+    which, pairs = alike.forms, alike.pairs
+    leaks, protected = np.zeros(len(which), bool), np.zeros(which.max(initial=-1) + 1, bool)
     for kept, side in (("test", "validation"), ("validation", "train")):
         stays = (queries["split"] == kept).to_numpy() & ~leaks
         protected[which[stays]] = True
@@ -453,7 +504,7 @@ def find_leaks(
         leaks |= near[which] & (queries["split"] == side).to_numpy()
     return leaks
 
-# %% ../nbs/api/01_data.ipynb #cell-73
+# %% ../nbs/api/01_data.ipynb #cell-77
 def checked_products(
     products: pl.DataFrame,   # as read
     source: Source,
@@ -463,7 +514,7 @@ def checked_products(
     check(products, PRODUCT_SCHEMA, source)
     return products.select(PRODUCT_COLUMNS).with_columns(pl.col("category").str.replace_all(r"\s*>\s*", " > "))
 
-# %% ../nbs/api/01_data.ipynb #cell-75
+# %% ../nbs/api/01_data.ipynb #cell-79
 def check_known(
     frame: pl.DataFrame,       # judgments or engagement, with product_id
     products: pl.DataFrame,
@@ -475,7 +526,7 @@ def check_known(
         refuse(unknown, source, f"{source.column('product_id')} {unknown['product_id'][0]!r} is not among the products",
                "Add the product or remove the row; ids are compared as text, so '007' is not '7'")
 
-# %% ../nbs/api/01_data.ipynb #cell-77
+# %% ../nbs/api/01_data.ipynb #cell-81
 def check_split(
     judgments: pl.DataFrame,   # query, locale, split, _row, _file
     source: Source,
@@ -494,7 +545,7 @@ def check_split(
     refuse(shared, source, f"query {row['query']!r} is in {row['split']} here and in {row['split_first']} at {other}",
            "Put each query on one side only, or leave the split out to have one made")
 
-# %% ../nbs/api/01_data.ipynb #cell-79
+# %% ../nbs/api/01_data.ipynb #cell-83
 def checked_judgments(
     judgments: pl.DataFrame,   # as read
     products: pl.DataFrame,
@@ -510,7 +561,7 @@ def checked_judgments(
     grade = as_number(pl.col("grade")) if source.grades is None else pl.col("grade").replace_strict(source.grades)
     return frame.with_columns(grade.cast(pl.Int8), query_id=query_ids(frame)).select(*JUDGMENT_COLUMNS, "rater")
 
-# %% ../nbs/api/01_data.ipynb #cell-81
+# %% ../nbs/api/01_data.ipynb #cell-85
 def agree(
     judgments: pl.DataFrame,   # JUDGMENT_COLUMNS and rater
 ) -> tuple[pl.DataFrame, pl.DataFrame | None, list[Note]]:   # consensus, ratings (None if no pair has several), notes
@@ -524,51 +575,54 @@ def agree(
                 "their median, ties down, and every rating is kept in .ratings")
     return pairs.select(JUDGMENT_COLUMNS), judgments.drop("split"), [note]
 
-# %% ../nbs/api/01_data.ipynb #cell-83
-def drop_leaks(
-    judgments: pl.DataFrame,   # JUDGMENT_COLUMNS, with a split
-) -> tuple[pl.DataFrame, list[Note]]:
-    "Remove queries that nearly repeat one of a side that must stay unseen."
-    queries = queries_of(judgments)
-    leaks = queries.filter(pl.Series(find_leaks(queries), dtype=pl.Boolean))
-    notes = [Note(f"{side} queries dropped", part.height,
-                  f"near-duplicates of {kept} queries; {part['judged'].sum()} judgments went with them")
-             for side, kept in (("validation", "test"), ("train", "validation or test"))
-             if (part := leaks.filter(split=side)).height]
-    return judgments.join(leaks, on="query_id", how="anti", maintain_order="left"), notes
+# %% ../nbs/api/01_data.ipynb #cell-87
+def leak_notes(
+    leaks: pl.DataFrame,    # split, judged: the queries that are dropped
+) -> list[Note]:
+    "What was dropped because it nearly repeats a query of a side that must stay unseen."
+    return [Note(f"{side} queries dropped", part.height,
+                 f"near-duplicates of {kept} queries; {part['judged'].sum()} judgments went with them")
+            for side, kept in (("validation", "test"), ("train", "validation or test"))
+            if (part := leaks.filter(split=side)).height]
 
-# %% ../nbs/api/01_data.ipynb #cell-85
+# %% ../nbs/api/01_data.ipynb #cell-89
 def cut_sides(
-    judgments: pl.DataFrame,   # JUDGMENT_COLUMNS, with a split
+    queries: pl.DataFrame,     # query, locale, judged, split
+    alike: Likeness,           # of these queries
     sides: Sequence[str],      # those to cut from train
     seed: int,
 ) -> pl.DataFrame:
     "Cut sides from the training queries."
-    queries = queries_of(judgments).filter(pl.col("split") == "train")
-    drawn = queries.select("query_id").with_columns(drawn=split_queries(queries, seed=seed, sides=sides))
-    return (judgments.join(drawn, on="query_id", how="left", maintain_order="left")
-            .with_columns(split=pl.coalesce("drawn", "split")).drop("drawn"))
+    train = (queries["split"] == "train").to_numpy()
+    drawn = split_queries(queries.filter(train), seed=seed, sides=sides, alike=alike.among(train))
+    split = queries["split"].to_numpy()
+    split[train] = drawn.to_numpy()
+    return queries.with_columns(split=pl.Series(split.tolist(), dtype=pl.String))
 
-# %% ../nbs/api/01_data.ipynb #cell-87
+# %% ../nbs/api/01_data.ipynb #cell-91
 def settle_split(
     judgments: pl.DataFrame,   # JUDGMENT_COLUMNS; split is null throughout where the source has none
     seed: int,
 ) -> tuple[pl.DataFrame, list[Note]]:
     "Judgments with a split that leaks nothing, and what was done for it."
-    if judgments["split"].is_null().all():
-        judgments, notes, why = judgments.with_columns(split=pl.lit("train")), [], "the source has no split"
+    queries, notes, why = queries_of(judgments), [], "the source has no such side"
+    alike = likeness(queries["query"])
+    if queries["split"].is_null().all():
+        queries, why = queries.with_columns(split=pl.lit("train")), "the source has no split"
     else:
-        judgments, notes = drop_leaks(judgments)
-        why = "the source has no such side"
-    there = set(judgments["split"])
+        leaks = find_leaks(queries, alike)
+        notes = leak_notes(queries.filter(leaks))
+        queries, alike = queries.filter(~leaks), alike.among(~leaks)
+    there = set(queries["split"])
     missing = [side for side in ("test", "validation") if side not in there]
-    if not missing or "train" not in there: return judgments, notes
-    judgments = cut_sides(judgments, missing, seed)
-    cut = queries_of(judgments).filter(pl.col("split").is_in(missing)).height
-    return judgments, [*notes, Note(f"queries moved from train to {' and '.join(missing)}", cut,
-                                    f"{why}; drawn by near-duplicate group, list length and locale, seed {seed}")]
+    if missing and "train" in there:
+        queries = cut_sides(queries, alike, missing, seed)
+        notes.append(Note(f"queries moved from train to {' and '.join(missing)}", queries["split"].is_in(missing).sum(),
+                          f"{why}; drawn by near-duplicate group, list length and locale, seed {seed}"))
+    settled = judgments.drop("split").join(queries.select("query_id", "split"), on="query_id", maintain_order="left")
+    return settled.select(JUDGMENT_COLUMNS), notes
 
-# %% ../nbs/api/01_data.ipynb #cell-89
+# %% ../nbs/api/01_data.ipynb #cell-93
 def checked_engagement(
     engagement: pl.DataFrame,   # as read
     products: pl.DataFrame,
@@ -589,7 +643,7 @@ def checked_engagement(
              .with_columns(locale=pl.coalesce("locale", "judged_in")))
     return frame.select(query_ids(frame), "query", "product_id", *COUNTS, "position", "locale")
 
-# %% ../nbs/api/01_data.ipynb #cell-91
+# %% ../nbs/api/01_data.ipynb #cell-95
 def crossing(
     judgments: pl.DataFrame,
     products: pl.DataFrame,
@@ -600,7 +654,7 @@ def crossing(
     if not count: return []
     return [Note("judgments cross locales", count, "a search goes through its own locale, not to these products")]
 
-# %% ../nbs/api/01_data.ipynb #cell-93
+# %% ../nbs/api/01_data.ipynb #cell-97
 def make_data(
     products: pl.DataFrame,                     # product_id, title, and if known category, brand, description, locale
     judgments: pl.DataFrame,                    # query, product_id, grade, and if known locale, rater, split
@@ -622,7 +676,7 @@ def make_data(
     notes = (*notes, *rated, *moved, *crossing(judgments, products))
     return RelevanceData(products, judgments, ratings, engagement, name, notes)
 
-# %% ../nbs/api/01_data.ipynb #cell-99
+# %% ../nbs/api/01_data.ipynb #cell-103
 def utf8(
     path: Path,
 ) -> bytes:    # the file's content
@@ -636,7 +690,7 @@ def utf8(
                         "Save the file as UTF-8 (spreadsheets call it 'CSV UTF-8')") from None
     return content
 
-# %% ../nbs/api/01_data.ipynb #cell-101
+# %% ../nbs/api/01_data.ipynb #cell-105
 def read_csv(
     path: Path,
     separator: str = ",",
@@ -660,7 +714,7 @@ def ragged(path: Path, separator: str) -> str:
                         "Put quotes around text that contains the separator")
     return ""
 
-# %% ../nbs/api/01_data.ipynb #cell-103
+# %% ../nbs/api/01_data.ipynb #cell-107
 def read_jsonl(
     path: Path,
     columns: Sequence[str],   # keys to take, as text
@@ -681,7 +735,7 @@ def broken_line(path: Path, content: bytes) -> str:
         except ValueError: return f"{path.name}, line {number}: this is not a JSON object. Correct or remove the line"
     return ""
 
-# %% ../nbs/api/01_data.ipynb #cell-105
+# %% ../nbs/api/01_data.ipynb #cell-109
 def read_parquet(
     path: Path,
     needed: Sequence[str],    # columns that must be there
@@ -698,7 +752,7 @@ def read_parquet(
                             "Join it into one string per row")
     return pl.read_parquet(path, columns=[name for name in schema if name in wanted]).with_row_index("_row", offset=1)
 
-# %% ../nbs/api/01_data.ipynb #cell-107
+# %% ../nbs/api/01_data.ipynb #cell-111
 def read_table(
     source: Source,
     required: Sequence[str],        # our names of the columns that must be there
@@ -715,7 +769,7 @@ def read_table(
     if not frame.height: raise DataError(f"{path.name} has no rows. Export it again")
     return frame.with_columns(_file=pl.lit(file))
 
-# %% ../nbs/api/01_data.ipynb #cell-109
+# %% ../nbs/api/01_data.ipynb #cell-113
 def one_of(
     folder: Path,
     stem: str,   # 'products', 'judgments' or 'engagement'
@@ -731,7 +785,7 @@ def file_source(path: Path, columns: Mapping[str, str] | None = None, **kw) -> S
     "The source of a single file, by its suffix."
     return Source((path,), columns or {}, separator={".csv": ",", ".tsv": "\t"}.get(path.suffix), **kw)
 
-# %% ../nbs/api/01_data.ipynb #cell-111
+# %% ../nbs/api/01_data.ipynb #cell-115
 def read_own(
     folder: Path,
     seed: int,
@@ -750,7 +804,7 @@ def read_own(
         log = read_table(where["engagement"], ("query", "product_id", *COUNTS), ("position", "locale"))
     return make_data(products, judgments, engagement=log, name=folder.name, seed=seed, where=where)
 
-# %% ../nbs/api/01_data.ipynb #cell-113
+# %% ../nbs/api/01_data.ipynb #cell-117
 def first_known(
     frame: pl.DataFrame,
     *columns: str,   # text columns, in order of preference; they may be missing
@@ -759,7 +813,7 @@ def first_known(
     there = [pl.when(pl.col(name).str.strip_chars() != "").then(name) for name in columns if name in frame.columns]
     return pl.coalesce(there) if there else pl.lit(None, pl.String)
 
-# %% ../nbs/api/01_data.ipynb #cell-115
+# %% ../nbs/api/01_data.ipynb #cell-119
 ESCI_FILES = ("shopping_queries_dataset_examples.parquet", "shopping_queries_dataset_products.parquet")
 ESCI_PRODUCT = dict(product_id="product_id", title="product_title", category="product_category", brand="product_brand",
                     description="product_description", locale="product_locale")
@@ -781,7 +835,7 @@ def tell_apart(
     note = Note("product ids became id@locale", shared.height, "one id stands for products of several locales")
     return renamed(products), renamed(judgments), [note]
 
-# %% ../nbs/api/01_data.ipynb #cell-117
+# %% ../nbs/api/01_data.ipynb #cell-121
 def read_esci(
     folder: Path,
     seed: int,
@@ -798,7 +852,7 @@ def read_esci(
     products, judgments, notes = tell_apart(products, judgments)
     return make_data(products, judgments, name=folder.name, seed=seed, where=where, published=True, notes=notes)
 
-# %% ../nbs/api/01_data.ipynb #cell-119
+# %% ../nbs/api/01_data.ipynb #cell-123
 QUERY_SCHEMA = pa.DataFrameSchema({"query_id": pa.Column(pl.String, unique=True), "query": pa.Column(pl.String)})
 
 
@@ -819,7 +873,7 @@ def with_queries(
                "Add the query or remove the judgment")
     return joined
 
-# %% ../nbs/api/01_data.ipynb #cell-121
+# %% ../nbs/api/01_data.ipynb #cell-125
 WANDS_FILES = {    # separated by tabs, despite their names; our columns -> theirs
     "product.csv": dict(title="product_name", category="category hierarchy", description="product_description"),
     "query.csv": {},
@@ -842,7 +896,7 @@ def read_wands(
     return make_data(products, judgments, name=folder.name, seed=seed, where=dict(products=product, judgments=label),
                      published=True)
 
-# %% ../nbs/api/01_data.ipynb #cell-123
+# %% ../nbs/api/01_data.ipynb #cell-127
 BEIR_SPLITS = dict(train="train", dev="validation", test="test")
 
 
@@ -859,7 +913,7 @@ def binary_grades(scores: pl.Series) -> dict[str, int] | None:
     "The map of scores that are only 0 and 1; None for graded ones."
     return {"0": 0, "1": 2} if set(scores.unique()) <= {"0", "1"} else None
 
-# %% ../nbs/api/01_data.ipynb #cell-125
+# %% ../nbs/api/01_data.ipynb #cell-129
 def read_beir(
     folder: Path,
     seed: int,
@@ -879,7 +933,7 @@ def read_beir(
     where = dict(products=corpus, judgments=replace(qrels, grades=grades or binary))
     return make_data(products, judgments, name=folder.name, seed=seed, where=where, published=True, notes=notes)
 
-# %% ../nbs/api/01_data.ipynb #cell-127
+# %% ../nbs/api/01_data.ipynb #cell-131
 @dataclass(frozen=True)
 class Layout:
     "How a layout is recognised and read."
@@ -900,7 +954,7 @@ LAYOUTS = {
                                tuple(f"qrels/{name}.tsv" for name in BEIR_SPLITS))),
 }
 
-# %% ../nbs/api/01_data.ipynb #cell-129
+# %% ../nbs/api/01_data.ipynb #cell-133
 def detect_layout(
     folder: Path,
 ) -> str:    # a key of LAYOUTS
@@ -913,7 +967,7 @@ def detect_layout(
     needs = "; ".join(f"{name} needs {layout}" for name, layout in LAYOUTS.items())
     raise DataError(f"{folder.name} is in no known layout: it holds {shown or 'nothing'}. Known: {needs}.")
 
-# %% ../nbs/api/01_data.ipynb #cell-131
+# %% ../nbs/api/01_data.ipynb #cell-135
 def label_map(
     grades: Mapping[object, int],   # label or score -> grade
 ) -> dict[str, int]:                # the same with labels as text, as files are read
@@ -922,7 +976,7 @@ def label_map(
     if wrong: raise DataError(f"grades maps {wrong[0]!r} to {grades[wrong[0]]!r}, which is no grade. Map to 0, 1 or 2")
     return {str(label): int(grade) for label, grade in grades.items()}
 
-# %% ../nbs/api/01_data.ipynb #cell-133
+# %% ../nbs/api/01_data.ipynb #cell-137
 def load_data(
     source: str | Path,                       # a folder
     layout: str | None = None,                # 'own', 'esci', 'wands' or 'beir'; recognised if not given
@@ -943,7 +997,7 @@ def load_data(
     if layout == "own": return read_own(folder.resolve(), seed, grades, engagement)
     return LAYOUTS[layout].reader(folder.resolve(), seed, grades)
 
-# %% ../nbs/api/01_data.ipynb #cell-136
+# %% ../nbs/api/01_data.ipynb #cell-140
 def product_text(
     products: pl.DataFrame,                                      # PRODUCT_COLUMNS
     fields: Sequence[str] = ("title", "category", "brand"),      # in this order; unknown ones are left out
@@ -954,7 +1008,7 @@ def product_text(
     parts = [path if name == "category" else pl.col(name) for name in fields]
     return products.select(text=pl.concat_str(parts, separator=" | ", ignore_nulls=True))["text"]
 
-# %% ../nbs/api/01_data.ipynb #cell-139
+# %% ../nbs/api/01_data.ipynb #cell-143
 def candidates(
     data: RelevanceData,
     locale: str | None,   # of the query
@@ -964,7 +1018,7 @@ def candidates(
     if locale is None: return np.arange(len(of))
     return np.flatnonzero(((of == locale) | of.is_null()).fill_null(True).to_numpy())
 
-# %% ../nbs/api/01_data.ipynb #cell-142
+# %% ../nbs/api/01_data.ipynb #cell-146
 def summarise(
     data: RelevanceData,
 ) -> pl.DataFrame:   # locale, split, queries, listed, judgments, irrelevant, moderate, relevant
@@ -976,7 +1030,7 @@ def summarise(
     order = pl.col("split").replace_strict({split: number for number, split in enumerate(SPLITS)})
     return queries.join(counts, on=["locale", "split"], nulls_equal=True).sort("locale", order)
 
-# %% ../nbs/api/01_data.ipynb #cell-145
+# %% ../nbs/api/01_data.ipynb #cell-149
 def data_text(
     data: RelevanceData,
 ) -> str:
@@ -986,7 +1040,7 @@ def data_text(
              f"{data.queries.height} queries ({sides})"]
     return "\n".join(lines + [f"  {note.count} {note.what}: {note.why}" for note in data.notes])
 
-# %% ../nbs/api/01_data.ipynb #cell-148
+# %% ../nbs/api/01_data.ipynb #cell-152
 SHADES = {Grade.IRRELEVANT: "#d9d9d9", Grade.MODERATE: "#9ecae1", Grade.RELEVANT: "#3182bd"}
 
 
@@ -1000,7 +1054,7 @@ def mix_bar(
                    for grade, share in shares.items())
     return bars + "&nbsp;" + " / ".join(f"{share:.0%}" for share in shares.values())
 
-# %% ../nbs/api/01_data.ipynb #cell-150
+# %% ../nbs/api/01_data.ipynb #cell-154
 def judged_line(
     data: RelevanceData,
 ) -> str:    # a sentence
@@ -1011,7 +1065,7 @@ def judged_line(
             f"{judged.quantile(0.9, 'higher'):.0f}, most {judged.max()}; "
             f"{(judged >= LISTED).sum()} queries have {LISTED} or more.")
 
-# %% ../nbs/api/01_data.ipynb #cell-152
+# %% ../nbs/api/01_data.ipynb #cell-156
 def summary_row(
     row: Mapping,   # a row of the summary
 ) -> str:           # HTML
@@ -1020,7 +1074,7 @@ def summary_row(
     plain_cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
     return f"<tr>{plain_cells}<td style='text-align:left'>{mix_bar(row)}</td></tr>"
 
-# %% ../nbs/api/01_data.ipynb #cell-154
+# %% ../nbs/api/01_data.ipynb #cell-158
 def data_html(
     data: RelevanceData,
 ) -> str:    # an HTML fragment
@@ -1034,7 +1088,7 @@ def data_html(
     return (f"<p><b>{html.escape(data.name)}</b>: {head}</p><table>{table}</table><p>{judged_line(data)}</p>"
             f"<p>Dropped or changed:</p><ul>{notes or '<li>nothing</li>'}</ul>")
 
-# %% ../nbs/api/01_data.ipynb #cell-157
+# %% ../nbs/api/01_data.ipynb #cell-161
 def hash_frame(
     frame: pl.DataFrame | None,
     keys: Sequence[str] | None,   # columns that tell its rows apart; None: all of them
@@ -1050,7 +1104,7 @@ def hash_frame(
         part.write_csv(text, include_header=False, quote_style="always", null_value="\0")
         digest.update(text.getbuffer())
 
-# %% ../nbs/api/01_data.ipynb #cell-159
+# %% ../nbs/api/01_data.ipynb #cell-163
 def fingerprint_data(
     data: RelevanceData,
 ) -> str:    # 16 hex digits
@@ -1063,7 +1117,7 @@ def fingerprint_data(
     if data.corrections is not None: hash_frame(data.corrections, None, digest)
     return digest.hexdigest()[:16]
 
-# %% ../nbs/api/01_data.ipynb #cell-162
+# %% ../nbs/api/01_data.ipynb #cell-166
 def write_frames(
     data: RelevanceData,
     folder: Path,   # an empty one
@@ -1074,7 +1128,7 @@ def write_frames(
     about = dict(name=data.name, notes=[asdict(note) for note in data.notes], fingerprint=data.fingerprint)
     (folder / SAVED).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
 
-# %% ../nbs/api/01_data.ipynb #cell-164
+# %% ../nbs/api/01_data.ipynb #cell-168
 def save_data(
     data: RelevanceData,
     folder: str | Path,   # new, empty, or one that holds saved data, which is replaced
@@ -1092,7 +1146,7 @@ def save_data(
         os.replace(new, folder)
     return folder
 
-# %% ../nbs/api/01_data.ipynb #cell-166
+# %% ../nbs/api/01_data.ipynb #cell-170
 def load_saved(
     folder: str | Path,
     engagement: bool = True,   # False: leave the log on disk; then the content cannot be compared with its fingerprint

@@ -30,7 +30,7 @@ from .judging import language_of
 from .machine import write_whole
 from .plots import GRADE_COLORS, GRADE_NAMES, GRADE_SYMBOLS, INK, LINE_COLORS, TEMPLATE, figure_text
 from .widgets import (NEEDED, STYLE, ReviewQueue, check_decisions, check_queue, decide, decisions_of, grade_chip, latest,
-                                    read_decisions, review_path, text_html, to_corrections)
+                                    live_or_still, read_decisions, review_path, text_html, to_corrections)
 
 # %% auto #0
 __all__ = ['DEPTH', 'ROW', 'EXPLORER_STYLE', 'SEARCH_HINT', 'GRADE_HINT', 'CHOICE_SCRIPT', 'EXPLORER_SCRIPT', 'POINTS', 'LAYERS',
@@ -315,7 +315,7 @@ def asked_html(explorer: SearchExplorer) -> str:
 # %% ../nbs/api/16a_explorer.ipynb #cell-67
 def search_form(
     explorer: SearchExplorer,
-    proposed: int = 300,    # most queries that the box knows
+    proposed: int = 300,    # most queries that the box knows; a still page needs none
 ) -> str:
     "The box for a query and the choice of a locale."
     query, locale, _ = explorer.asked
@@ -324,8 +324,8 @@ def search_form(
     undo = '<button type="button" data-do="undo" data-key="u"><kbd>u</kbd> undo</button>' if explorer.notes is not None else ""
     options = "".join(f'<option value="{html.escape(q)}">' for q in explorer.data.queries["query"].unique(maintain_order=True).head(proposed))
     return ('<form data-do="search" class="mr-buttons" role="search">'
-            f'<input type="text" name="query" list="mr-queries" value="{html.escape(query)}" placeholder="Type a query" aria-label="Query" '
-            f'data-key="/" maxlength="300" autocomplete="off"><datalist id="mr-queries">{options}</datalist>'
+            f'<input type="text" name="query" value="{html.escape(query)}" placeholder="Type a query" aria-label="Query" '
+            f'data-key="/" maxlength="300" autocomplete="off"><datalist>{options}</datalist>'
             f'<select name="locale" aria-label="Locale"><option value="">any locale</option>{choices}</select>'
             f'<button type="submit">Search</button>{undo}</form>')
 
@@ -391,9 +391,9 @@ def part_html(name: str, parts: Mapping[str, str], rest: str = "") -> str:
     return f'<div class="mr-{name}" data-part="{name}" {rest}>{parts.get(name, "")}</div>'
 
 
-def search_frame(explorer: SearchExplorer, parts: Mapping[str, str]) -> str:
+def search_frame(explorer: SearchExplorer, parts: Mapping[str, str], proposed: int = 300) -> str:
     "The search explorer's view around its parts."
-    return (search_form(explorer) + part_html("status", parts, 'aria-live="polite"') + part_html("message", parts, 'role="status"')
+    return (search_form(explorer, proposed) + part_html("status", parts, 'aria-live="polite"') + part_html("message", parts, 'role="status"')
             + part_html("columns", parts))
 
 
@@ -406,7 +406,7 @@ def search_parts(explorer: SearchExplorer, guideline: Guideline, message: str = 
 def search_html(explorer: SearchExplorer, guideline: Guideline = DEFAULT_GUIDELINE) -> str:
     "The search explorer as it is now, as a still page."
     return (f'<style>{EXPLORER_STYLE}</style><div class="mr-review mr-explore">'
-            f'{search_frame(explorer, search_parts(explorer, guideline))}</div>')
+            f'{search_frame(explorer, search_parts(explorer, guideline), proposed=0)}</div>')
 
 # %% ../nbs/api/16a_explorer.ipynb #cell-78
 CHOICE_SCRIPT = """
@@ -453,6 +453,10 @@ function render({ model, el }) {
   root.setAttribute("aria-label", model.get("label"));
   root.setAttribute("data-lm-suppress-shortcuts", "true");
   root.innerHTML = model.get("frame");
+  for (const list of root.querySelectorAll("datalist")) {
+    list.id = `mr-${Math.random().toString(36).slice(2)}`;
+    list.previousElementSibling.setAttribute("list", list.id);
+  }
   el.append(root);
 
   const send = (what, more) => {
@@ -509,6 +513,12 @@ class View(anywidget.AnyWidget):
         "Send the parts of the next view."
         self.view = dict(parts) | {"turn": self.view.get("turn", -1) + 1}
 
+    def still(self) -> str: return ""
+
+    def __repr__(self) -> str: return f"{type(self).__name__}({self.label})"
+
+    def _repr_mimebundle_(self, **kwargs): return live_or_still(super()._repr_mimebundle_(**kwargs), self.still())
+
 # %% ../nbs/api/16a_explorer.ipynb #cell-84
 class SearchCard(View):
     "The view of a `SearchExplorer` in JupyterLab; `explore` makes it."
@@ -518,6 +528,8 @@ class SearchCard(View):
         super().__init__(label="Search explorer", frame=search_frame(explorer, {}))
         self.show(search_parts(explorer, guideline))
         self.on_msg(lambda widget, content, buffers: answer_search(widget, content))
+
+    def still(self) -> str: return search_html(self.explorer, self.guideline)
 
 # %% ../nbs/api/16a_explorer.ipynb #cell-86
 def act_search(
@@ -995,6 +1007,8 @@ class Monitor(View):
         if late or self.run.clock() - self.drawn >= self.every:
             self.show(monitor_parts(self.run))
             self.drawn = self.run.clock()
+
+    def still(self) -> str: return monitor_html(self.run)
 
 # %% ../nbs/api/16a_explorer.ipynb #cell-162
 def monitor_callback(monitor: Monitor) -> object:

@@ -26,11 +26,11 @@ __all__ = ['SCORE_STEPS', 'Statistic', 'HEADLINE', 'WEIGHTS', 'REGRET', 'OPTIMA'
            'ks_distance', 'weighted_quantile', 'quantile_gap', 'mean_distance', 'd_prime', 'best_threshold', 'best_f1',
            'boundary_metrics', 'exponential_gains', 'ranking_measures', 'rank_metrics', 'top_k', 'search_catalogue',
            'judged_pairs', 'condensed_run', 'query_metrics', 'listed_queries', 'summarise', 'definitions', 'Evaluation',
-           'locale_metrics', 'evaluate', 'mean_statistic', 'running_sum', 'auc_statistic', 'overlap_statistic',
-           'check_comparable', 'pooled_statistic', 'metric_statistic', 'difference_test', 'holm', 'compare',
-           'pair_weights', 'list_cuts', 'one_and_own', 'deal_anew', 'list_regret', 'query_regret', 'score_cells',
-           'cell_masses', 'cell_measures', 'boundary_separation', 'regret_statistic', 'boundary_draws', 'separation',
-           'compare_separation']
+           'locale_metrics', 'evaluate_run', 'evaluate', 'mean_statistic', 'running_sum', 'auc_statistic',
+           'overlap_statistic', 'check_comparable', 'pooled_statistic', 'metric_statistic', 'difference_test', 'holm',
+           'compare', 'pair_weights', 'list_cuts', 'one_and_own', 'deal_anew', 'list_regret', 'query_regret',
+           'score_cells', 'cell_masses', 'cell_measures', 'boundary_separation', 'regret_statistic', 'boundary_draws',
+           'separation', 'compare_separation']
 
 # %% ../nbs/api/08_metrics.ipynb #cell-9
 def _sides(
@@ -474,24 +474,23 @@ def locale_metrics(
         out[locale or 'unknown'] = numbers(per_query.filter(here)) | dict(min_judged=n)
     return out
 
-# %% ../nbs/api/08_metrics.ipynb #cell-80
-def evaluate(
-    emb: Embeddings,               # queries of the split and all products, by one model
+# %% ../nbs/api/08_metrics.ipynb #cell-80-run
+def evaluate_run(
+    run: pl.DataFrame,             # query_id, product_id, rank, score: a query's rows together, best first
+    pairs: pl.DataFrame,           # query_id, product_id, locale, grade, score: every judged pair of the split
     data: RelevanceData,           # products and human grades
     split: str | None = 'test',    # split to evaluate, None for all judgments
     min_judged: int = 10,          # judged products that make a query count in the main numbers
     gains: Mapping[int, int] | None = None,  # gain of each grade in NDCG, default 2^y - 1
     levels: int = len(Grade),      # levels of the grade scale
 ) -> Evaluation:  # numbers, and the rows behind them
-    "Rank the full catalogue for each query of the split and measure order and separation."
+    "Measure the ranking and the separation of any system that gives lists and scores."
     data = data.split(split) if split else data
-    _check_embeddings(emb, data)
     least, listed = listed_queries(data.queries, min_judged)
     queries = data.queries.select('query_id', 'query', 'locale', 'judged').with_columns(listed=listed)
-    pairs = judged_pairs(emb, data).join(queries['query_id', 'listed'], on='query_id', maintain_order='left')
-    run = search_catalogue(emb, data).join(data.judgments['query_id', 'product_id', 'grade'], how='left',
-                                           on=['query_id', 'product_id'], maintain_order='left')
-    metrics = query_metrics(run, pairs, emb.product_ids, gains, levels)
+    pairs = pairs.select('query_id', 'product_id', 'locale', 'grade', 'score').join(queries['query_id', 'listed'], on='query_id', maintain_order='left')
+    run = run.join(data.judgments['query_id', 'product_id', 'grade'], how='left', on=['query_id', 'product_id'], maintain_order='left')
+    metrics = query_metrics(run, pairs, data.products['product_id'].to_list(), gains, levels)
     per_query = queries.join(metrics, on='query_id', maintain_order='left')
     numbers = partial(summarise, pairs=pairs, names=metrics.columns[1:], levels=levels)
     values = numbers(per_query.filter('listed')) | dict(min_judged=max(least.values()))
@@ -501,6 +500,20 @@ def evaluate(
         pairwise=boundary_metrics(pairs['score'], pairs['grade'], levels) | dict(judgments=len(pairs)),
         run=run.with_columns(pl.col('grade').fill_null(UNJUDGED)),
         definitions=definitions(data, split, min_judged, gains or exponential_gains(levels), levels))
+
+# %% ../nbs/api/08_metrics.ipynb #cell-80
+def evaluate(
+    emb: Embeddings,               # queries of the split and all products, by one model
+    data: RelevanceData,           # products and human grades
+    split: str | None = 'test',    # split to evaluate, None for all judgments
+    min_judged: int = 10,          # as for `evaluate_run`
+    gains: Mapping[int, int] | None = None,  # likewise
+    levels: int = len(Grade),      # likewise
+) -> Evaluation:  # numbers, and the rows behind them
+    "Rank the full catalogue for each query of the split by cosine and measure order and separation."
+    part = data.split(split) if split else data
+    _check_embeddings(emb, part)
+    return evaluate_run(search_catalogue(emb, part), judged_pairs(emb, part), data, split, min_judged, gains, levels)
 
 # %% ../nbs/api/08_metrics.ipynb #cell-89
 Statistic = Callable[[np.ndarray], np.ndarray]  # weights [2 * queries, draws] (a's queries, then b's) -> values [draws]

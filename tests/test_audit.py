@@ -805,6 +805,17 @@ def test_history_is_part_of_the_fingerprint():
     assert len({data.fingerprint, there.fingerprint, back.fingerprint}) == 3
 
 
+def test_a_first_grade_joins_the_split_of_its_query(tmp_path):
+    data = small()
+    first = correction(data, "iron pan", "8", 1, old=-1).with_columns(product_id=pl.lit("9"))
+    fixed = au.correct(data, first)
+    assert fixed.judgments.height == data.judgments.height + 1 and fixed.judgments.schema == data.judgments.schema
+    assert fixed.judgments.row(-1) == data.judgments.filter(query="iron pan", product_id="8").with_columns(product_id=pl.lit("9"), grade=pl.lit(1, pl.Int8)).row(0)
+    assert ("iron pan", "9", "eve", 1) in votes(fixed)
+    fixed.save(tmp_path / "fixed")
+    assert load_data(tmp_path / "fixed").fingerprint == fixed.fingerprint
+
+
 def test_correcting_twice_keeps_both():
     data = small()
     once = au.correct(data, correction(data, "iron pan", "8", 2, by="eve"))
@@ -839,6 +850,9 @@ def test_corrections_that_do_not_fit_are_refused():
     good = correction(data, "iron pan", "8", 2)
     refused(data, correction(data, "iron pan", "8", 2, old=1), "product_id 8 of query_id .* has grade 0 here, the correction knows 1")
     refused(data, good.with_columns(product_id=pl.lit("9")), "product_id 9 .* is not judged here")
+    refused(data, good.with_columns(product_id=pl.lit("none"), old_grade=pl.lit(-1)), "product_id none .* has a query or a product that is unknown here")
+    refused(data, good.with_columns(query_id=pl.lit("none"), old_grade=pl.lit(-1)), "query_id none has a query or a product that is unknown here")
+    refused(data, good.with_columns(old_grade=pl.lit(-1)), "has grade 0 here, the correction knows -1")
     refused(data, pl.concat([good, good.with_columns(grade=pl.lit(1, pl.Int64))]), "'8' is corrected twice")
     refused(data, pl.concat([good, good]), "'8' is corrected twice")
     refused(au.correct(data, good), good, "has grade 2 here, the correction knows 0")

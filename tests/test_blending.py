@@ -7,12 +7,12 @@ import polars as pl
 import pytest
 
 from mine_refine_nb.blending import (
-    METHODS, Blend, WordIndex, answers, blend_table, blends, evaluate_run, evaluate_scores, fit_blend, keep_above, pool,
+    METHODS, Blend, WordIndex, answers, blend_table, blends, evaluate_scores, fit_blend, keep_above, pool,
     ranked, score_words, search_words, words_of)
 from mine_refine_nb.data import make_data, product_text
 from mine_refine_nb.encoder import Embeddings
 from mine_refine_nb.market import simulate
-from mine_refine_nb.metrics import HEADLINE, evaluate
+from mine_refine_nb.metrics import HEADLINE, evaluate, evaluate_run
 
 
 @pytest.fixture(scope='module')

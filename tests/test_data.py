@@ -1,16 +1,18 @@
 """Data: four layouts, every bad input, splits that leak nothing, saving."""
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mine_refine_nb.data import (JUDGMENT_COLUMNS, PRODUCT_COLUMNS, DataError, Note, RelevanceData, candidates,
-                                 load_data, make_data, near_pairs, normalise_query, product_text, query_groups,
-                                 query_ids, split_queries)
+                                 find_leaks, likeness, load_data, make_data, near_pairs, normalise_query, product_text,
+                                 query_groups, query_ids, split_queries)
 from mine_refine_nb.grades import consensus
 
 ESCI = Path(__file__).parents[2] / "shared" / "data" / "esci"
@@ -372,6 +374,43 @@ def test_near_pairs_are_those_of_a_double_loop(queries):
     texts = sorted({normalise_query(query) for query in queries})
     slow = {(i, j) for j in range(len(texts)) for i in range(j) if near(texts[i], texts[j])}
     assert set(map(tuple, near_pairs(texts, block=4).tolist())) == slow
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text() | st.text(st.sampled_from("aB é-!\tßﾜﾞ５İ㎏　"), max_size=12))
+def test_the_normal_form_is_its_definition(text):
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    kept = "".join(" " if unicodedata.category(letter)[0] in "PZC" else letter for letter in folded)
+    assert normalise_query(text) == (" ".join(kept.split()) or " ".join(folded.split()))
+
+
+@settings(deadline=None, max_examples=60)
+@given(QUERIES, st.data())
+def test_what_is_alike_among_all_is_alike_among_some(queries, draw):
+    "The search is done once for all queries; a part of them gets the same groups and leaks as if it were searched alone."
+    rows = np.array(draw.draw(st.lists(st.booleans(), min_size=len(queries), max_size=len(queries))), dtype=bool)
+    some, known = [query for query, taken in zip(queries, rows) if taken], likeness(queries).among(rows)
+    def partition(groups): return {frozenset(np.flatnonzero(groups == group).tolist()) for group in groups}
+    assert partition(query_groups(some, known)) == partition(query_groups(some))
+    assert set(query_groups(some, known)) == set(range(len(partition(query_groups(some)))))
+    table = pl.DataFrame({"query": some, "split": [["train", "validation", "test"][len(query) % 3] for query in some]},
+                         schema=dict(query=pl.String, split=pl.String))
+    assert find_leaks(table, known).tolist() == find_leaks(table).tolist()
+
+
+@pytest.mark.parametrize("given_split, fingerprint, moved", [
+    (False, "f1c24ccbdde135bb", [("queries moved from train to test and validation", 42)]),
+    (True, "b2a1eb21dfc5f348", [("train queries dropped", 2), ("queries moved from train to validation", 19)])])
+def test_the_same_data_forever(given_split, fingerprint, moved):
+    "A fingerprint of an earlier version: splits must not change when reading becomes faster."
+    products = pl.DataFrame({"product_id": [f"p{i}" for i in range(40)], "title": [f"thing {i}" for i in range(40)], "locale": ["us", "es"] * 20})
+    words = ["red", "blue", "shoe", "shoes", "lamp", "lamps", "de", "mesa", "kettle", "Café", "ＵＳＢ", "水筒"]
+    texts = [f"{a} {b}" for a in words for b in words] + ["red-shoe!", "usb, lamp", "a", "b"]
+    pairs = pl.DataFrame([(text, f"p{2 * ((n * 7 + k) % 20) + n % 2}", (n + k) % 3, ["us", "es"][n % 2]) for n, text in enumerate(texts) for k in range(1 + n % 12)],
+                         schema=["query", "product_id", "grade", "locale"], orient="row")
+    side = pl.when(pl.col("query").str.len_chars() % 5 == 0).then(pl.lit("test")).otherwise(pl.lit("train"))
+    data = make_data(products, pairs.with_columns(split=side) if given_split else pairs, published=True, seed=3)
+    assert data.fingerprint == fingerprint and [(note.what, note.count) for note in data.notes] == moved
 
 
 @settings(deadline=None, max_examples=60)
