@@ -226,6 +226,7 @@ class AnnotatorRecipe:
     learning_rate: float = 1e-3    # peak, after a twentieth of the steps; then falls linearly to zero
     rank: int = 16                 # of LoRA; 0: no LoRA, all weights of the upper layers
     layers: float = 0.5            # share of the layers that are trained, from the top
+    description: int = 0           # characters of the product's description in the prompt
     seed: int = 0
 
 
@@ -367,6 +368,7 @@ def train_annotator(
     check_graded(train, validation)
     check_place(folder)
     train, validation = check_pairs(train), check_pairs(validation)
+    if recipe.description: prompt = replace(prompt, fields=(*prompt.fields, ("description", recipe.description)))
     if "similarity" in train.columns: prompt = replace(prompt, deciles=similarity_deciles(train["similarity"]))
     torch.manual_seed(recipe.seed)
     annotator = LocalAnnotator(*load_llm(base), prompt, annotator_name(base, prompt, recipe, train, validation),

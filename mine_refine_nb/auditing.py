@@ -47,11 +47,11 @@ DEFAULT_CONFIDENCE = 0.7  # of an annotator that was never measured
 def needed_confidence(
     folder: str | Path,  # of a saved annotator
 ) -> float:
-    "The confidence that an annotator's labels need, from its `quality.json`."
+    "The confidence that an annotator's labels need, as it was measured by `train-annotator` or by the run that trained it."
     read_about(folder)    # says no to a folder without an annotator
-    file = Path(folder) / "quality.json"
-    if not file.exists(): return DEFAULT_CONFIDENCE
-    chosen = json.loads(file.read_text(encoding="utf-8"))["confidence"]
+    measured = [file for file in (Path(folder) / "quality.json", Path(folder).parent / "annotator.json") if file.exists()]
+    if not measured: return DEFAULT_CONFIDENCE
+    chosen = json.loads(measured[0].read_text(encoding="utf-8"))["confidence"]
     if chosen is None: raise DataError(f"{folder}: this annotator was not good enough on validation to change anybody's grade; train another, or leave it out")
     return chosen
 

@@ -1010,6 +1010,15 @@ def test_needed_confidence(tmp_path):
     assert auditing.needed_confidence(tmp_path) == 0.83
 
 
+def test_an_annotator_that_a_run_found_too_weak_is_refused(tmp_path):
+    (tmp_path / "annotator").mkdir()
+    (tmp_path / "annotator" / "annotator.json").write_text("{}")
+    (tmp_path / "annotator.json").write_text('{"confidence": 0.62}')    # a run writes it beside its annotator
+    assert auditing.needed_confidence(tmp_path / "annotator") == 0.62
+    (tmp_path / "annotator.json").write_text('{"confidence": null}')
+    with pytest.raises(DataError, match="not good enough"): auditing.needed_confidence(tmp_path / "annotator")
+
+
 @pytest.fixture(scope="module")
 def escalated(shop, market, tmp_path_factory):
     "An audit whose worst forty claims an annotator judged that knows the truth, but is unsure now and then."

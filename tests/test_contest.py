@@ -11,8 +11,8 @@ import torch
 from sklearn.metrics import f1_score
 
 from mine_refine_nb import contest
-from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_folders, bench_quality, common, f1_statistic, fold_data, fold_of, one_scale, part_name,
-                                    rebuild, save_part, train_arm, union, verdicts, with_thresholds, write_results)
+from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_folders, bench_quality, best_rate, common, f1_statistic, fold_data, fold_of, main_arm, one_scale,
+                                    part_name, rebuild, save_part, train_arm, union, verdicts, with_thresholds, write_results)
 from mine_refine_nb.data import query_groups
 from mine_refine_nb.market import simulate
 from mine_refine_nb.metrics import boundary_auc, evaluate
@@ -32,12 +32,12 @@ def vectors(data, seed):
     return Embeddings(data.queries["query_id"].to_list(), rows[0], data.products["product_id"].to_list(), rows[1])
 
 
-def fake_part(parts, data, arm, fold, seed):
+def fake_part(parts, data, arm, fold, seed, objective=0.5):
     part = fold_data(data, fold, 2).split("test")
     one = evaluate(vectors(part, seed), part, "test")
     found = {f"{side}{kind}": one for kind in contest.KINDS for side in ("BM25, ", "hybrid, ")}
     found |= {kind: replace(one, pairs=with_thresholds(one.pairs, one.pairs)) for kind in contest.KINDS}
-    return save_part(parts / part_name("market", arm, fold, 0), found, dict(seconds=1.0, texts=10, pairs=20, rate=1e-5, objective=0.5, arm=arm))
+    return save_part(parts / part_name("market", arm, fold, 0), found, dict(seconds=1.0, texts=10, pairs=20, rate=1e-5, objective=objective, arm=arm))
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,23 @@ def test_arms_train_within_the_budget(market, tmp_path):
         if arm != "ours, no mining": assert task.spent <= TERMS.texts and task.pairs == task.spent // 2
 
 
+@pytest.mark.parametrize("wanted", [(1e-3, 0.5), (2e-3, 1.0)])
+def test_validation_chooses_rate_and_average(market, tmp_path, monkeypatch, wanted):
+    class Layer(torch.nn.Linear): pass
+    monkeypatch.setattr(contest, "fresh", lambda task: Layer(1, 1, bias=False).requires_grad_(True).eval())
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: torch.nn.init.zeros_(layer.weight))
+    def train(arm, task):
+        model = contest.fresh(task)
+        torch.nn.init.constant_(model.weight, 1000 * task.rate)
+        return model, dict(seconds=1.0, cpu_seconds=1.0)
+    monkeypatch.setattr(contest, "train_arm", train)
+    best = 1000 * wanted[0] * wanted[1]
+    monkeypatch.setattr(contest, "GradedEvaluator", lambda _: lambda model: {"objective": -abs(model.weight.item() - best - 0.01)})
+    model, found = best_rate("MNRL", Task(market, replace(TERMS, rates=(1e-3, 2e-3)), 0, 0, tmp_path, "", np.zeros(0)))
+    assert (found["rate"], found["average"]) == wanted and model.weight.item() == pytest.approx(best)
+    assert [(one["rate"], one["average"]) for one in found["tried"]] == [(1e-3, 0.5), (1e-3, 1.0), (2e-3, 0.5), (2e-3, 1.0)]
+
+
 def test_class_labels_are_those_of_the_pairs():
     class Columns(torch.nn.Module):
         def forward(self, features): return {"sentence_embedding": features["x"]}
@@ -120,6 +137,13 @@ def test_the_union_holds_every_query_once_and_averages_seeds(parts, market):
 
 def test_an_arm_that_lacks_a_fold_is_not_compared(parts):
     assert set(common(arm_folders(parts)["market"])) == {"pretrained", "MNRL", "ours, stage 1"}
+
+
+def test_validation_names_our_main_arm(market, tmp_path):
+    for arm, objective in (("ours, stage 1", 0.7), ("ours, no mining", 0.6), ("MNRL", 0.9)): fake_part(tmp_path, market, arm, 0, 0, objective)
+    assert main_arm(arm_folders(tmp_path)["market"]) == "ours, stage 1"
+    fake_part(tmp_path, market, "ours, no mining", 1, 0, 0.5)    # more folds come first
+    assert main_arm(arm_folders(tmp_path)["market"]) == "ours, no mining"
 
 
 def test_verdicts_count_all_comparisons(parts):
