@@ -24,7 +24,7 @@ from .judging import (ABOUT, PAIR, PROBABILITIES, Annotator, annotate, check_pai
                                     reliability)
 from .machine import write_whole
 from .mining import hidden_truth
-from .remote import RemoteAnnotator
+from .remote import RemoteAnnotator, read_key
 
 # %% ../nbs/api/12a_annotating.ipynb #cell-6
 def hinted_pairs(data: RelevanceData, split: str, emb: Embeddings) -> pl.DataFrame:
@@ -171,7 +171,9 @@ def name_annotator(
             prices = tuple(float(part) for part in price.split(",")) if price else None
         except ValueError:
             raise ValueError(f"--price {price!r}: give two numbers, per million tokens in and out, such as 0.15,0.60") from None
-        return RemoteAnnotator(model, endpoint, prices=prices, limit=limit)
+        asked = RemoteAnnotator(model, endpoint, prices=prices, limit=limit)
+        read_key(asked.key)    # says no before any work
+        return asked
     if (Path(model) / ABOUT).exists():
         return open_annotator(model)
     return LocalAnnotator(*load_llm(model), name=f"{Path(model).name} zero-shot", base=model)

@@ -67,7 +67,10 @@ def run(
     dim: Annotated[int | None, typer.Option(help="Size of the vectors: adds a query head and a product head.")] = None,
     layout: Annotated[str | None, typer.Option(help="own, esci, wands or beir; detected when not given.")] = None,
     seed: Annotated[int, typer.Option(help="Of data splits, batches and training.")] = 0,
-    annotator: Annotated[str, typer.Option(help="Who grades mined pairs: cross, llm, none, zero, or a saved annotator's folder.")] = "cross",
+    annotator: Annotated[str, typer.Option(help="Who grades mined pairs: cross, llm, none, zero, a saved annotator's folder, or a model's name at --endpoint.")] = "cross",
+    endpoint: Annotated[str | None, typer.Option(help="Base address of an OpenAI-compatible endpoint; key in OPENAI_API_KEY.")] = None,
+    price: Annotated[str | None, typer.Option(help="Of the endpoint, per million tokens in and out: 0.15,0.60")] = None,
+    limit: Annotated[float | None, typer.Option(help="Most to spend at the endpoint, in the currency of --price.")] = None,
     augment: Annotated[str, typer.Option(help="Training queries beside the judged ones: none, spelling, synthetic or both.")] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in this folder.")] = False,
 ) -> None:
@@ -75,7 +78,7 @@ def run(
     quiet_libraries()
     from mine_refine_nb.pipeline import Request, results_table, run_pipeline
 
-    request = Request(data, preset.value, backbone, dim, layout, seed, annotator, augment)
+    request = Request(data, preset.value, backbone, dim, layout, seed, annotator, augment, endpoint, price, limit)
     finished = run_pipeline(out, request, resume)
     print_table(results_table(finished).to_dicts(), f"{finished.data.name}, test queries")
     OUT.print(f"report: {out / 'report.html'}", soft_wrap=True)

@@ -351,7 +351,7 @@ def triple_numbers(
     ends = np.cumsum([len(text) + 1 for text in texts])    # a query's letters stand before its end
     return np.searchsorted(ends, middle), (code[middle - 1] << 42) | (code[middle] << 21) | code[middle + 1]
 
-
+# %% ../nbs/api/01_data.ipynb #cell-sets
 def letter_triples(
     texts: Sequence[str],   # normalised queries
 ) -> csr_matrix:            # [queries, triples], 0/1; the rarest triples have the lowest column numbers

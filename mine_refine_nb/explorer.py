@@ -21,7 +21,7 @@ from ipywidgets import VBox
 from plotly.subplots import make_subplots
 from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
-from traitlets import Dict, Unicode
+from traitlets import Bool, Dict, Unicode
 
 from .data import RelevanceData, query_ids
 from .encoder import Embeddings
@@ -33,16 +33,16 @@ from .widgets import (NEEDED, STYLE, ReviewQueue, check_decisions, check_queue, 
                                     live_or_still, read_decisions, review_path, text_html, to_corrections)
 
 # %% auto #0
-__all__ = ['DEPTH', 'ROW', 'EXPLORER_STYLE', 'SEARCH_HINT', 'GRADE_HINT', 'CHOICE_SCRIPT', 'EXPLORER_SCRIPT', 'POINTS', 'LAYERS',
-           'GL_FROM', 'MARKERS', 'PANELS', 'WIDE', 'HIGH', 'LEFT', 'RIGHT', 'DASHES', 'Searches', 'find_query',
-           'mark_moves', 'rows_path', 'open_notes', 'note_grade', 'regraded', 'SearchExplorer', 'run_search',
-           'join_grades', 'grade_result', 'move_html', 'score_html', 'chances_html', 'grade_buttons', 'hit_html',
-           'verdict_lines', 'recall_text', 'gone_html', 'column_html', 'columns_html', 'asked_html', 'search_form',
-           'part_html', 'search_frame', 'search_parts', 'search_html', 'View', 'SearchCard', 'act_search',
-           'answer_search', 'explore', 'principal_plane', 'turn_to', 'map_points', 'MapExplorer', 'gather_vectors',
-           'open_map', 'find_text', 'fold', 'nearest', 'layers', 'layer_data', 'map_figure', 'redraw', 'point_html',
-           'selection_html', 'neighbours_html', 'map_parts', 'map_frame', 'map_html', 'MapCard', 'listen', 'act_map',
-           'answer_map', 'explore_map', 'TrainingLog', 'begin', 'take', 'panel_of', 'minutes_left', 'spread',
+__all__ = ['DEPTH', 'ROW', 'EXPLORER_STYLE', 'SEARCH_HINT', 'GRADE_HINT', 'CHOICE_SCRIPT', 'FIGURE_SCRIPT', 'EXPLORER_SCRIPT',
+           'POINTS', 'LAYERS', 'GL_FROM', 'MARKERS', 'PANELS', 'WIDE', 'HIGH', 'LEFT', 'RIGHT', 'DASHES', 'Searches',
+           'find_query', 'mark_moves', 'rows_path', 'open_notes', 'note_grade', 'regraded', 'SearchExplorer',
+           'run_search', 'join_grades', 'grade_result', 'move_html', 'score_html', 'chances_html', 'grade_buttons',
+           'hit_html', 'verdict_lines', 'recall_text', 'gone_html', 'column_html', 'columns_html', 'asked_html',
+           'search_form', 'part_html', 'search_frame', 'search_parts', 'search_html', 'View', 'SearchCard',
+           'act_search', 'answer_search', 'explore', 'principal_plane', 'turn_to', 'map_points', 'MapExplorer',
+           'gather_vectors', 'open_map', 'find_text', 'fold', 'nearest', 'layers', 'layer_data', 'map_figure', 'redraw',
+           'point_html', 'selection_html', 'neighbours_html', 'map_parts', 'map_frame', 'map_html', 'MapCard', 'listen',
+           'act_map', 'answer_map', 'explore_map', 'TrainingLog', 'begin', 'take', 'panel_of', 'minutes_left', 'spread',
            'line_svg', 'panel_svg', 'monitor_parts', 'monitor_frame', 'monitor_html', 'Monitor', 'monitor_callback',
            'watching']
 
@@ -206,7 +206,7 @@ def score_html(row: Mapping[str, object], low: float, high: float) -> str:
 def chances_html(row: Mapping[str, object], guideline: Guideline) -> str:
     "Calibrated probabilities as one divided bar and in numbers; nothing without them."
     if row["p2"] is None: return ""
-    parts = [(level, row[f"p{level.grade:d}"]) for level in reversed(guideline.levels)]
+    parts = [(level, max(0.0, row[f"p{level.grade:d}"])) for level in reversed(guideline.levels)]    # never "-0%"
     said = ", ".join(f"{level.name} {chance:.0%}" for level, chance in parts)
     bar = "".join(f'<i style="width:{100 * chance:.1f}%;background:{GRADE_COLORS[level.grade]}"></i>' for level, chance in parts)
     numbers = "".join(f'<span style="--grade:{GRADE_COLORS[level.grade]}">{level.grade:d}: {chance:.0%}</span>' for level, chance in parts)
@@ -345,9 +345,10 @@ EXPLORER_STYLE = STYLE + """
 .mr-columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .75rem; }
 .mr-columns:has(svg) { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 .mr-column { min-width: 0; }
-.mr-column h3 { margin: .25rem 0 .5rem; padding: 0 0 .25rem; border-bottom: 2px solid var(--jp-border-color2, #d8d8d8);
+.mr-review.mr-explore .mr-column h3 { display: flex; flex-wrap: wrap; align-items: baseline;
+  margin: .25rem 0 .5rem; padding: 0 0 .25rem; border-bottom: 2px solid var(--jp-border-color2, #d8d8d8);
   font-size: 16px; font-weight: 600; color: inherit; }
-.mr-column h3 small { float: right; font-size: 13px; font-weight: 400; color: var(--jp-ui-font-color2, #57606a); }
+.mr-column h3 small { margin-left: auto; font-size: 13px; font-weight: 400; color: var(--jp-ui-font-color2, #57606a); }
 .mr-column ol, .mr-column ul { margin: 0; padding: 0; list-style: none; }
 .mr-hit { margin: 0 0 .4rem; padding: .4rem .5rem; border: 1px solid var(--jp-border-color2, #d8d8d8); border-radius: 6px; cursor: pointer;
   overflow-wrap: anywhere; scroll-margin: 1rem; }
@@ -444,7 +445,15 @@ const press = (root, event) => {
 """
 
 # %% ../nbs/api/16a_explorer.ipynb #cell-80
-EXPLORER_SCRIPT = CHOICE_SCRIPT + """
+FIGURE_SCRIPT = """
+const hush = (model, root) => {
+  for (const figure of (model.get("quiet") && root.closest(".widget-vbox")?.querySelectorAll(".js-plotly-plot")) || [])
+    for (const report of ["plotly_hover", "plotly_unhover"]) figure.removeAllListeners?.(report);
+};
+"""
+
+# %% ../nbs/api/16a_explorer.ipynb #cell-82
+EXPLORER_SCRIPT = CHOICE_SCRIPT + FIGURE_SCRIPT + """
 function render({ model, el }) {
   const root = document.createElement("div");
   root.className = "mr-review mr-explore";
@@ -491,23 +500,29 @@ function render({ model, el }) {
   root.addEventListener("focusout", () => light(root, null));
   root.addEventListener("mouseover", event => light(root, rowOf(event.target)));
   root.addEventListener("mouseleave", () => light(root, rowOf(document.activeElement)));
-  const fit = () => window.dispatchEvent(new Event("resize"));    // a figure beside this view takes its width
+  const quieten = () => hush(model, root);
+  const fit = () => { quieten(); window.dispatchEvent(new Event("resize")); };    // a figure beside this view takes its width
   const watch = new ResizeObserver(fit), late = [500, 2000].map(time => setTimeout(fit, time));
   watch.observe(root);
+  document.addEventListener("plotlywidget-after-render", quieten);
   model.on("change:view", draw);
   draw();
-  return () => { watch.disconnect(); late.forEach(clearTimeout); model.off("change:view", draw); };
+  return () => {
+    watch.disconnect(); late.forEach(clearTimeout); model.off("change:view", draw);
+    document.removeEventListener("plotlywidget-after-render", quieten);
+  };
 }
 export default { render };
 """
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-82
+# %% ../nbs/api/16a_explorer.ipynb #cell-84
 class View(anywidget.AnyWidget):
     "What all views of this room share: a frame that is sent once, parts that follow the state."
     _esm, _css = EXPLORER_SCRIPT, EXPLORER_STYLE
     label = Unicode().tag(sync=True)    # for screen readers
     frame = Unicode().tag(sync=True)
     view = Dict().tag(sync=True)        # parts, and turn: how many views were sent
+    quiet = Bool(False).tag(sync=True)  # the figure beside it, in one box, reports clicks and lassos only
 
     def show(self, parts: Mapping[str, str]) -> None:
         "Send the parts of the next view."
@@ -519,7 +534,7 @@ class View(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs): return live_or_still(super()._repr_mimebundle_(**kwargs), self.still())
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-84
+# %% ../nbs/api/16a_explorer.ipynb #cell-86
 class SearchCard(View):
     "The view of a `SearchExplorer` in JupyterLab; `explore` makes it."
 
@@ -531,7 +546,7 @@ class SearchCard(View):
 
     def still(self) -> str: return search_html(self.explorer, self.guideline)
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-86
+# %% ../nbs/api/16a_explorer.ipynb #cell-88
 def act_search(
     explorer: SearchExplorer,
     content: Mapping[str, object],    # do, and what belongs to it: query and locale, or row and value
@@ -556,22 +571,25 @@ def answer_search(card: SearchCard, content: Mapping[str, object]) -> None:
     except (ValueError, OSError) as error: message = f"Not done: {error}"
     card.show(search_parts(card.explorer, card.guideline, message))
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-88
+# %% ../nbs/api/16a_explorer.ipynb #cell-90
 def explore(
     searchers: Mapping[str, Searches],            # stage -> what answers, in the order of the columns
     data: RelevanceData,                          # whose grades are shown
     folder: str | Path | None = None,             # where grades are saved, one file per rater; None: nothing can be graded
     rater: str = "explorer",                      # who grades
     k: int = 10,                                  # results per stage
+    query_id: str | None = None,                  # of the data, to open on; None: the first of the test split
     guideline: Guideline = DEFAULT_GUIDELINE,     # names the grades
 ) -> SearchCard:                                  # display it: the last line of a cell
     "Search several models side by side in JupyterLab, and correct grades on the way."
     explorer = SearchExplorer(searchers, data, None if folder is None else open_notes(folder, rater), k)
-    opening = data.queries.sort(pl.col("split") != "test", maintain_order=True).head(1)
+    first = data.queries.sort(pl.col("split") != "test", maintain_order=True).head(1)
+    opening = first if query_id is None else data.queries.filter(query_id=query_id)
+    if query_id is not None and opening.is_empty(): raise ValueError(f"explore: the data has no query with the query_id {query_id!r}")
     for row in opening.iter_rows(named=True): explorer.search(row["query"], row["locale"])
     return SearchCard(explorer, guideline)
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-93
+# %% ../nbs/api/16a_explorer.ipynb #cell-95
 def principal_plane(
     vectors: np.ndarray,    # [n, d]
 ) -> np.ndarray:            # [n, 2]
@@ -587,7 +605,7 @@ def turn_to(
     places, reference = places - places.mean(0), reference - reference.mean(0)
     return places @ orthogonal_procrustes(places, reference)[0]
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-96
+# %% ../nbs/api/16a_explorer.ipynb #cell-98
 POINTS = 50_000    # most points on a map
 
 
@@ -604,7 +622,7 @@ def map_points(
     order = np.argsort(~judged.to_numpy() + rng.random(len(products)))
     return pl.concat([products[np.sort(order[:most - len(queries)])], queries])
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-99
+# %% ../nbs/api/16a_explorer.ipynb #cell-101
 @dataclass
 class MapExplorer:
     "A catalogue and its queries under several models."
@@ -624,7 +642,7 @@ class MapExplorer:
 
     def neighbours(self, row: int, k: int = 10) -> pl.DataFrame: return nearest(self, row, k)
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-101
+# %% ../nbs/api/16a_explorer.ipynb #cell-103
 def gather_vectors(
     emb: Embeddings,
     points: pl.DataFrame,    # from `map_points`
@@ -636,7 +654,7 @@ def gather_vectors(
     side = {"product": emb.products, "query": emb.queries}
     return np.stack([side[kind][at[kind, name]] for kind, name in points.select("kind", "id").iter_rows()])
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-103
+# %% ../nbs/api/16a_explorer.ipynb #cell-105
 def open_map(
     embeddings: Mapping[str, Embeddings],    # model -> vectors of all products and queries
     data: RelevanceData,
@@ -652,7 +670,7 @@ def open_map(
     places = {model: turn_to(found, reference) for model, found in places.items()}
     return MapExplorer(points, vectors, places, data.judgments.select("query_id", "product_id", "grade"))
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-105
+# %% ../nbs/api/16a_explorer.ipynb #cell-107
 def find_text(
     points: pl.DataFrame,    # from `map_points`
     text: str,               # words, all of which must occur
@@ -669,7 +687,7 @@ def fold(texts: pl.Series) -> pl.Series:
     "Texts without capitals and accents."
     return texts.str.normalize("NFKD").str.replace_all(r"\p{Mn}", "").str.to_lowercase()
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-107
+# %% ../nbs/api/16a_explorer.ipynb #cell-109
 def nearest(
     explorer: MapExplorer,
     row: int,               # of any point
@@ -688,7 +706,7 @@ def nearest(
     found = pl.concat(parts).join(grades, on="id", how="left", maintain_order="left")
     return found.with_columns(pl.col("grade").fill_null(UNJUDGED))
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-110
+# %% ../nbs/api/16a_explorer.ipynb #cell-112
 LAYERS = ("products", "queries", "nearest", *(GRADE_NAMES[grade] for grade in Grade), "looked at")
 
 
@@ -709,7 +727,7 @@ def layers(
     for grade in Grade: rows[GRADE_NAMES[grade]] = known.filter(grade=int(grade))["row"].to_list()
     return rows
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-113
+# %% ../nbs/api/16a_explorer.ipynb #cell-115
 GL_FROM = 2000    # points from which a map is drawn with WebGL
 
 MARKERS = {
@@ -725,7 +743,7 @@ def layer_data(explorer: MapExplorer, model: str, rows: list[int]) -> dict:
     xy = explorer.places[model][rows].astype(float).round(3)
     return dict(x=xy[:, 0], y=xy[:, 1], text=[figure_text(text, 60) for text in explorer.points["text"].gather(rows)])
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-115
+# %% ../nbs/api/16a_explorer.ipynb #cell-117
 def map_figure(
     explorer: MapExplorer,
     kind: type = go.Figure,    # or go.FigureWidget
@@ -736,15 +754,15 @@ def map_figure(
     draw = go.Scattergl if explorer.points.height > GL_FROM else go.Scatter
     for column, model in enumerate(models, 1):
         for name, rows in layers(explorer, model).items():
-            dim = dict(unselected_marker_opacity=.12) if name in LAYERS[:2] else dict(unselected_marker_opacity=1)
+            dim = dict(selected_marker_opacity=.9, unselected_marker_opacity=.15) if name in LAYERS[:2] else dict(unselected_marker_opacity=1)
             figure.add_trace(draw(**layer_data(explorer, model, rows), mode="markers", name=name, marker=MARKERS[name], legendgroup=name,
                                   showlegend=column == 1, hovertemplate="%{text}<extra></extra>", **dim), row=1, col=column)
         figure.update_yaxes(scaleanchor="x" if column == 1 else f"x{column}", row=1, col=column)
     figure.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False)
-    figure.update_layout(template=TEMPLATE, height=480, dragmode="lasso", margin=dict(l=8, r=8, t=40, b=8), legend=dict(y=-.04))
+    figure.update_layout(template=TEMPLATE, height=500, dragmode="lasso", margin=dict(l=8, r=8, t=64, b=8), legend=dict(y=-.04))
     return redraw(figure, explorer)
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-117
+# %% ../nbs/api/16a_explorer.ipynb #cell-119
 def redraw(
     figure: go.Figure,         # from `map_figure`
     explorer: MapExplorer,
@@ -759,7 +777,7 @@ def redraw(
                 else: trace.update(layer_data(explorer, model, rows))
     return figure
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-122
+# %% ../nbs/api/16a_explorer.ipynb #cell-124
 def point_html(row: Mapping[str, object], more: str = "") -> str:
     "A point as a line that can be chosen."
     return (f'<li class="mr-hit" data-row="{row["row"]}" tabindex="-1"><button type="button" data-do="look" data-key="enter" class="mr-point">'
@@ -775,7 +793,7 @@ def selection_html(explorer: MapExplorer, most: int = 12) -> str:
     more = f'<p class="mr-quiet">and {rows.height - most} more</p>' if rows.height > most else ""
     return f'<section class="mr-column"><h3>Selected <small>{counts}</small></h3><ol data-list="selected">{items}</ol>{more}</section>'
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-124
+# %% ../nbs/api/16a_explorer.ipynb #cell-126
 def neighbours_html(explorer: MapExplorer, guideline: Guideline, k: int = 10) -> str:
     "The nearest products of the point that is looked at, one column per model."
     if explorer.focus is None: return ""
@@ -786,7 +804,7 @@ def neighbours_html(explorer: MapExplorer, guideline: Guideline, k: int = 10) ->
                for part in parts]
     return "".join(f'<section class="mr-column"><h3>{model}</h3><ol data-list="{model}">{items}</ol></section>' for model, items in columns)
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-126
+# %% ../nbs/api/16a_explorer.ipynb #cell-128
 def map_parts(explorer: MapExplorer, guideline: Guideline, message: str = "") -> dict[str, str]:
     "The parts of the panel that change."
     focus = explorer.points[explorer.focus].row(0, named=True) if explorer.focus is not None else None
@@ -808,13 +826,13 @@ def map_html(explorer: MapExplorer, guideline: Guideline = DEFAULT_GUIDELINE) ->
     "The panel as it is now, as a still page."
     return f'<style>{EXPLORER_STYLE}</style><div class="mr-review mr-explore">{map_frame(map_parts(explorer, guideline))}</div>'
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-129
+# %% ../nbs/api/16a_explorer.ipynb #cell-131
 class MapCard(VBox):
     "Linked maps and their panel in JupyterLab; `explore_map` makes it."
 
     def __init__(self, explorer: MapExplorer, guideline: Guideline):
         self.explorer, self.guideline, self.caught = explorer, guideline, []
-        self.figure, self.panel = map_figure(explorer, go.FigureWidget), View(label="Map explorer", frame=map_frame({}))
+        self.figure, self.panel = map_figure(explorer, go.FigureWidget), View(label="Map explorer", frame=map_frame({}), quiet=True)
         self.figure._config = self.figure._config | {"responsive": True, "displaylogo": False}    # else it is 700 pixels wide
         listen(self)
         self.panel.on_msg(lambda widget, content, buffers: answer_map(self, content))
@@ -828,7 +846,7 @@ class MapCard(VBox):
         redraw(self.figure, self.explorer)
         self.panel.show(map_parts(self.explorer, self.guideline, message))
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-131
+# %% ../nbs/api/16a_explorer.ipynb #cell-133
 def listen(card: MapCard) -> None:
     "Connect the figure's clicks and lassos with the state."
     names = [(model, name) for model in card.explorer.places for name in LAYERS]
@@ -851,7 +869,7 @@ def listen(card: MapCard) -> None:
         trace.on_click(lambda _, points, state, where=(model, name): clicked(*where, points))
         trace.on_selection(lambda _, points, lasso, where=(number, model, name): caught(*where, points))
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-133
+# %% ../nbs/api/16a_explorer.ipynb #cell-135
 def act_map(explorer: MapExplorer, content: Mapping[str, object]) -> str:
     "Do what the panel asks; the answer is what to tell."
     if content["do"] == "find":
@@ -864,7 +882,7 @@ def act_map(explorer: MapExplorer, content: Mapping[str, object]) -> str:
     if content["do"] == "clear": explorer.focus, explorer.rows = None, []
     return ""
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-135
+# %% ../nbs/api/16a_explorer.ipynb #cell-137
 def answer_map(card: MapCard, content: Mapping[str, object]) -> None:
     "Take a message of the panel, and show what follows."
     if content.get("do") not in ("find", "look", "clear"): return
@@ -872,7 +890,7 @@ def answer_map(card: MapCard, content: Mapping[str, object]) -> None:
     except ValueError as error: message = f"Not done: {error}"
     card.follow(message)
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-137
+# %% ../nbs/api/16a_explorer.ipynb #cell-139
 def explore_map(
     embeddings: Mapping[str, Embeddings],         # model -> vectors of all products and queries, two models as a rule
     data: RelevanceData,
@@ -883,7 +901,7 @@ def explore_map(
     "Linked maps of catalogue and queries in JupyterLab."
     return MapCard(open_map(embeddings, data, project, most), guideline)
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-140
+# %% ../nbs/api/16a_explorer.ipynb #cell-142
 @dataclass
 class TrainingLog:
     "What a training run has said so far."
@@ -899,7 +917,7 @@ class TrainingLog:
     def history(self) -> pl.DataFrame:
         return pl.DataFrame(self.seen, schema={"step": pl.Int64, "name": pl.String, "value": pl.Float64}, orient="row")
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-142
+# %% ../nbs/api/16a_explorer.ipynb #cell-144
 def begin(log: TrainingLog, total: int, step: int = 0) -> None:
     "A run starts, or goes on from a checkpoint."
     log.total, log.step, log.first, log.over, log.seen, log.started = total, step, step, False, [], log.clock()
@@ -910,9 +928,9 @@ def take(log: TrainingLog, step: int, logs: Mapping[str, object]) -> None:
     log.step = max(log.step, step)
     for name, value in logs.items():
         name = name.replace("eval_", "validation ")
-        if panel_of(name) and isinstance(value, int | float): log.seen.append((step, name, float(value)))
+        if not name.startswith("train_") and panel_of(name) and isinstance(value, int | float): log.seen.append((step, name, float(value)))
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-144
+# %% ../nbs/api/16a_explorer.ipynb #cell-146
 PANELS = {"loss": ("loss",), "separation": ("auc", "overlap"), "ranking": ("ndcg", "recall")}
 
 
@@ -920,14 +938,14 @@ def panel_of(name: str) -> str | None:
     "The panel of a reported number; None: it is not shown."
     return next((panel for panel, words in PANELS.items() if any(word in name for word in words)), None)
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-146
+# %% ../nbs/api/16a_explorer.ipynb #cell-148
 def minutes_left(log: TrainingLog) -> str:
     "How long it will take at this pace; nothing before the first steps and after the last."
     if log.over or not log.first < log.step < log.total: return ""
     left = (log.clock() - log.started) * (log.total - log.step) / (log.step - log.first)
     return f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-149
+# %% ../nbs/api/16a_explorer.ipynb #cell-151
 WIDE, HIGH, LEFT, RIGHT = 380, 190, 46, 140    # of a panel, and of its margins, in pixels
 DASHES = ("none", "6 4", "2 3", "9 3 2 3")
 
@@ -941,7 +959,7 @@ def spread(
     for low, high in zip(order, order[1:]): found[high] = max(found[high], found[low] + least)
     return (found - max(0.0, found.max() - (HIGH - 24)) if len(found) else found).tolist()
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-151
+# %% ../nbs/api/16a_explorer.ipynb #cell-153
 def line_svg(steps: pl.Series, values: pl.Series, color: str, dash: str, scale: Callable) -> str:
     "One curve; a single value is a dot."
     xy = [scale(step, value) for step, value in zip(steps, values)]
@@ -949,7 +967,7 @@ def line_svg(steps: pl.Series, values: pl.Series, color: str, dash: str, scale: 
     return (f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>'
             f'<circle cx="{xy[-1][0]:.1f}" cy="{xy[-1][1]:.1f}" r="3.5" fill="{color}"/>')
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-153
+# %% ../nbs/api/16a_explorer.ipynb #cell-155
 def panel_svg(panel: str, curves: pl.DataFrame, total: int) -> str:
     "The curves of one panel over the steps of the run."
     curves = curves.filter(pl.col("value").is_finite()).with_columns(pl.col("value").clip(-1e12, 1e12))
@@ -971,7 +989,7 @@ def panel_svg(panel: str, curves: pl.DataFrame, total: int) -> str:
     return (f'<svg viewBox="0 0 {WIDE} {HIGH}" role="img" aria-label="{html.escape(panel)}: {html.escape(said)}" '
             f'fill="currentColor" font-size="13">{grid}{axis}{lines}{names}</svg>')
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-156
+# %% ../nbs/api/16a_explorer.ipynb #cell-158
 def monitor_parts(log: TrainingLog) -> dict[str, str]:
     "The parts of the monitor's view."
     history, waiting = log.history, "Waiting for a training run to start." if not log.total else "No numbers yet."
@@ -983,7 +1001,7 @@ def monitor_parts(log: TrainingLog) -> dict[str, str]:
                       for panel, rows in panels.items() if rows.height)
     return {"status": status, "columns": columns or f"<p>{waiting}</p>", "message": ""}
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-158
+# %% ../nbs/api/16a_explorer.ipynb #cell-160
 def monitor_frame(parts: Mapping[str, str]) -> str:
     "The monitor around its parts."
     return part_html("status", parts) + part_html("columns", parts)
@@ -993,7 +1011,7 @@ def monitor_html(log: TrainingLog) -> str:
     "The monitor as it is now, as a still page."
     return f'<style>{EXPLORER_STYLE}</style><div class="mr-review mr-explore">{monitor_frame(monitor_parts(log))}</div>'
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-160
+# %% ../nbs/api/16a_explorer.ipynb #cell-162
 class Monitor(View):
     "A training run while it runs: display it, then train `with watching(monitor)`."
 
@@ -1010,7 +1028,7 @@ class Monitor(View):
 
     def still(self) -> str: return monitor_html(self.run)
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-162
+# %% ../nbs/api/16a_explorer.ipynb #cell-164
 def monitor_callback(monitor: Monitor) -> object:
     "A trainer callback that tells a monitor."
     from transformers import TrainerCallback
@@ -1030,7 +1048,7 @@ def monitor_callback(monitor: Monitor) -> object:
 
     return Tell()
 
-# %% ../nbs/api/16a_explorer.ipynb #cell-164
+# %% ../nbs/api/16a_explorer.ipynb #cell-166
 @contextmanager
 def watching(monitor: Monitor) -> Iterator[Monitor]:
     "Tell a monitor about every training run inside the block."

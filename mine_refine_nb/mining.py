@@ -15,27 +15,35 @@ from pathlib import Path
 import faiss
 import numpy as np
 import polars as pl
+import torch
 
 from .data import RelevanceData, candidates, product_text
 from .encoder import Embeddings, with_similarity
 from .grades import UNJUDGED, Grade
 from .judging import PROBABILITIES, Annotator, annotate, pairs_of
-from .machine import write_whole
+from .machine import fast_dtype, write_whole
 from .metrics import SCORE_STEPS
 
 # %% auto #0
-__all__ = ['ROWS', 'NOISE', 'REASONS', 'REPORT', 'PLAIN', 'check_vectors', 'order_keys', 'read_keys', 'build_index', 'rescore',
-           'search', 'count_before', 'exact_ranks', 'rank_judged', 'first_reason', 'boundary_tests', 'hard_samples',
-           'list_catalogue', 'pending_samples', 'count_removed', 'score_table', 'short_queries', 'advice',
-           'MiningReport', 'report_parts', 'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'assemble',
-           'check_labels', 'apply_grades', 'relabel', 'unsure_rows', 'hidden_truth', 'save_mined', 'load_mined',
-           'recall_against_flat']
+__all__ = ['ROWS', 'NOISE', 'REASONS', 'REPORT', 'PLAIN', 'lengths', 'check_vectors', 'order_keys', 'read_keys', 'rescore',
+           'coarse', 'bound_last', 'as_lists', 'shortlist', 'search_all', 'build_index', 'search', 'list_catalogue',
+           'count_before', 'pair_scores', 'exact_ranks', 'rank_judged', 'first_reason', 'boundary_tests',
+           'hard_samples', 'pending_samples', 'count_removed', 'score_table', 'short_queries', 'advice', 'MiningReport',
+           'report_parts', 'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'assemble', 'check_labels',
+           'apply_grades', 'relabel', 'unsure_rows', 'hidden_truth', 'save_mined', 'load_mined', 'recall_against_flat']
 
 # %% ../nbs/api/11_mining.ipynb #cell-9
 ROWS = dict(query_id=pl.String, query=pl.String, product_id=pl.String, grade=pl.Int8, kind=pl.String, score=pl.Float64,
             rank=pl.Int64, locale=pl.String, source=pl.String)
 
 # %% ../nbs/api/11_mining.ipynb #cell-11
+def lengths(
+    rows: np.ndarray,  # [n, d]
+) -> np.ndarray:  # [n]
+    "Euclidean lengths, without a copy of the rows."
+    return np.sqrt(np.einsum('nd,nd->n', rows, rows))
+
+
 def check_vectors(
     emb: Embeddings,      # of one model
     data: RelevanceData,  # what is to be mined
@@ -48,7 +56,7 @@ def check_vectors(
     if len(missing): raise ValueError(f'mining: {len(missing)} queries have no vector, the first is '
                                       f'{missing["query"][0]!r}; embed this split')
     for name in ('queries', 'products'):
-        off = ~(np.abs(np.linalg.norm(getattr(emb, name), axis=1) - 1) < 1e-3)   # NaN is off too
+        off = ~(np.abs(lengths(getattr(emb, name)) - 1) < 1e-3)   # NaN is off too
         if off.any(): raise ValueError(f'mining: {off.sum()} vectors of {name} are not of length 1, the first is row '
                                        f'{off.argmax()}; normalise them (if they hold NaN, the model diverged)')
 
@@ -70,6 +78,93 @@ def read_keys(
     return size - 1 - keys % size, keys // size / SCORE_STEPS
 
 # %% ../nbs/api/11_mining.ipynb #cell-17
+def rescore(
+    queries: np.ndarray,   # [n, d] unit rows
+    products: np.ndarray,  # [c, d] unit rows
+    found: np.ndarray,     # [n, k] proposed rows, -1 at the end of a list for none
+) -> np.ndarray:  # [n, k] keys in the order of `found`, lowest possible for none
+    "Exact keys of proposed rows."
+    keys = np.full(found.shape, np.iinfo(np.int64).min)
+    block = max(1, 300_000 // max(1, found.shape[1] * queries.shape[1]))   # 2 MB of float64 at a time stay in the cache
+    for at in range(0, len(found), block):
+        rows = found[at:at + block, :(found[at:at + block] >= 0).sum(axis=1).max()]
+        scores = np.einsum('nd,nkd->nk', queries[at:at + block].astype(np.float64), products.take(rows, axis=0).astype(np.float64))
+        keys[at:at + block, :rows.shape[1]] = np.where(rows < 0, np.iinfo(np.int64).min, order_keys(scores, rows, len(products)))
+    return keys
+
+# %% ../nbs/api/11_mining.ipynb #cell-19
+def coarse(
+    rows: np.ndarray,    # float32 [n, d]
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, np.ndarray]:  # the rows in that type, and how far each was moved by it
+    "Vectors in few digits, and what that costs."
+    exact = torch.from_numpy(rows)
+    rounded = exact.to(dtype)
+    return rounded, torch.cat([(a - b).norm(dim=1) for a, b in zip(exact.split(1024), rounded.split(1024))]).numpy()
+
+# %% ../nbs/api/11_mining.ipynb #cell-22
+def bound_last(
+    scores: torch.Tensor,  # float32 [n, c], each of another product
+    k: int,                # at most c
+) -> np.ndarray:  # float32 [n]: at least `k` products have this score
+    "A lower bound for the `k`-th best score."
+    while scores.shape[1] >= 8 * k:
+        half = scores.shape[1] // 2
+        scores = torch.maximum(scores[:, :half], scores[:, half:2 * half])
+    return np.partition(scores.numpy(), -k, axis=1)[:, -k]
+
+# %% ../nbs/api/11_mining.ipynb #cell-25
+def as_lists(
+    left: np.ndarray,   # [h] query of each hit, ascending
+    right: np.ndarray,  # [h] its product
+    size: int,          # queries
+) -> np.ndarray:  # [size, most hits of a query], -1 where a query has fewer
+    "Hits as a row for each query."
+    count = np.bincount(left, minlength=size)
+    lists = np.full((size, count.max(initial=0)), -1)
+    lists[left, np.arange(len(left)) - np.repeat(np.cumsum(count) - count, count)] = right
+    return lists
+
+# %% ../nbs/api/11_mining.ipynb #cell-28
+def shortlist(
+    scores: torch.Tensor,  # [n, g, w] coarse scores: of row `i * w + j` of the catalogue at [:, i, j]; the g products of a column make a group
+    doubt: np.ndarray,     # [n] how far the scores of each query may be off, before they were rounded
+    k: int,                # list length, at most w
+) -> np.ndarray:  # [n, m] rows, -1 to fill: all that may be among a query's best `k`
+    "Products that the coarse scores do not rule out."
+    tops, digit = scores.amax(dim=1).float(), torch.finfo(scores.dtype).eps / 2
+    last = bound_last(tops, k)
+    floor = last - 2.02 * (doubt + digit * np.abs(last))
+    row, column = np.divmod(np.flatnonzero(tops.numpy() >= floor[:, None]), tops.shape[1])
+    group = scores[torch.from_numpy(row), :, torch.from_numpy(column)].float().numpy()
+    hit, place = np.nonzero(group >= floor[row, None])
+    return as_lists(row[hit], place * tops.shape[1] + column[hit], len(scores))
+
+# %% ../nbs/api/11_mining.ipynb #cell-30
+def search_all(
+    queries: np.ndarray,   # float32 [n, d] unit rows
+    products: np.ndarray,  # float32 [c, d] unit rows
+    k: int,                # list length
+    dtype: torch.dtype | None = None,  # of the fast scores; None: the fastest here
+) -> tuple[np.ndarray, np.ndarray]:  # rows and scores, both [n, min(k, c)]
+    "Each query's best `k` products, exactly, equal scores in catalogue order."
+    size, k, dtype, best = len(products), min(k, len(products)), dtype or fast_dtype('cpu') or torch.float32, []
+    group, block = max(1, min(16, size // (8 * k))), 64 * max(1, min(4, 2 ** 19 // size))    # at most 64 MB of scores, or 64 queries
+    centred = products - products.mean(axis=0)
+    (right, moved), far = coarse(centred, dtype), lengths(centred).max()
+    right = torch.nn.functional.pad(right, (0, 0, 0, -size % group))
+    scores = torch.empty(block, len(right), dtype=dtype)    # the same memory for every block of queries
+    for at in range(0, len(queries), block):
+        part = queries[at:at + block]
+        left, turned = coarse(part, dtype)
+        torch.mm(left, right.T, out=scores[:len(part)])
+        scores[:, size:] = -9    # what fills the last group is below any product
+        doubt = turned * far + 1.01 * moved.max() + products.shape[1] * 2 ** -23 + 2 / SCORE_STEPS
+        found = shortlist(scores[:len(part)].view(len(part), group, -1), doubt, k)
+        best.append(np.sort(rescore(part, products, found), axis=1)[:, ::-1][:, :k])
+    return read_keys(np.concatenate(best), size)
+
+# %% ../nbs/api/11_mining.ipynb #cell-33
 def build_index(
     products: np.ndarray,   # [c, d] unit rows
     factory: str = 'Flat',  # FAISS factory string
@@ -88,22 +183,7 @@ def build_index(
                          'locale has products') from error
     return index
 
-# %% ../nbs/api/11_mining.ipynb #cell-20
-def rescore(
-    queries: np.ndarray,   # [n, d] unit rows
-    products: np.ndarray,  # [c, d] unit rows
-    found: np.ndarray,     # [n, k] rows an index proposed, -1 for none
-) -> np.ndarray:  # [n, k] keys in the order of `found`, lowest possible for none
-    "Exact keys of proposed rows."
-    keys = np.empty(found.shape, dtype=np.int64)
-    block = max(1, 4_000_000 // (found.shape[1] * queries.shape[1]))   # 32 MB of float64 at a time
-    for at in range(0, len(found), block):
-        rows = found[at:at + block]
-        scores = np.einsum('nd,nkd->nk', queries[at:at + block].astype(np.float64), products[rows].astype(np.float64))
-        keys[at:at + block] = np.where(rows < 0, np.iinfo(np.int64).min, order_keys(scores, rows, len(products)))
-    return keys
-
-# %% ../nbs/api/11_mining.ipynb #cell-22
+# %% ../nbs/api/11_mining.ipynb #cell-36
 def search(
     index: faiss.Index,    # over `products`
     queries: np.ndarray,   # [n, d] unit rows
@@ -125,7 +205,31 @@ def search(
     none = best == np.iinfo(np.int64).min
     return np.where(none, -1, rows), np.where(none, np.nan, scores)
 
-# %% ../nbs/api/11_mining.ipynb #cell-25
+# %% ../nbs/api/11_mining.ipynb #cell-39
+def list_catalogue(
+    emb: Embeddings,        # of one model
+    data: RelevanceData,    # whose queries are searched
+    depth: int = 100,       # list length
+    factory: str = 'Flat',  # FAISS factory string
+    parameters: str = '',   # of the search, as 'nprobe=16'
+) -> pl.DataFrame:  # query_id, query, product_id, locale, score, rank: a query's rows together, best first
+    "Each query's first `depth` products in the catalogue of its locale."
+    query_at, names, parts = {q: i for i, q in enumerate(emb.query_ids)}, np.array(emb.product_ids), []
+    for (locale,), group in data.queries.group_by('locale', maintain_order=True):
+        rows = candidates(data, locale)
+        if not len(rows): continue   # no product of this locale: its queries come up short
+        products = np.ascontiguousarray(emb.products[rows], dtype=np.float32)
+        queries = np.ascontiguousarray(emb.queries[[query_at[q] for q in group['query_id']]], dtype=np.float32)
+        if factory == 'Flat' and not parameters: found, scores = search_all(queries, products, depth)
+        else: found, scores = search(build_index(products, factory, parameters), queries, products, depth)
+        count = found.shape[1]
+        frame = group.select('query_id', 'query', 'locale')[np.repeat(np.arange(len(group)), count)]
+        parts.append(frame.select(
+            'query_id', 'query', pl.Series('product_id', names[rows[found.ravel()]], pl.String), 'locale',
+            score=scores.ravel(), rank=np.tile(np.arange(1, count + 1), len(group))).filter(found.ravel() >= 0))
+    return pl.concat(parts) if parts else pl.DataFrame(schema=ROWS).drop('grade', 'kind', 'source')
+
+# %% ../nbs/api/11_mining.ipynb #cell-41
 NOISE = 5e-6    # more than float32 gets wrong in a dot product of unit rows
 
 def count_before(
@@ -140,17 +244,31 @@ def count_before(
     if np.count_nonzero(reach) == above: return above
     return above + int((exact(np.flatnonzero(reach & (row <= high))) > key).sum())
 
+# %% ../nbs/api/11_mining.ipynb #cell-43
+def pair_scores(
+    queries: np.ndarray,   # [n, d] unit rows
+    products: np.ndarray,  # [c, d] unit rows
+    left: np.ndarray,      # [p] query row of each pair
+    right: np.ndarray,     # [p] product row of each pair
+) -> np.ndarray:  # float64 [p]
+    "Exact scores of given pairs."
+    scores = np.empty(len(left))
+    for at in range(0, len(left), 1024):
+        one, other = queries[left[at:at + 1024]], products[right[at:at + 1024]]
+        scores[at:at + 1024] = np.einsum('pd,pd->p', one.astype(np.float64), other.astype(np.float64))
+    return scores
 
+# %% ../nbs/api/11_mining.ipynb #cell-45
 def exact_ranks(
     queries: np.ndarray,   # [n, d] unit rows
     products: np.ndarray,  # [c, d] unit rows, the catalogue
     left: np.ndarray,      # [p] query row of each pair, pairs of a query together
     right: np.ndarray,     # [p] product row of each pair
     block: int = 65536,    # products per matrix product
-) -> tuple[np.ndarray, np.ndarray]:  # scores and ranks (from 1) of the pairs
-    "Score and rank of given pairs in the whole catalogue."
+) -> np.ndarray:  # ranks of the pairs, from 1
+    "Rank of given pairs in the whole catalogue."
     size, ranks = len(products), np.ones(len(left), dtype=np.int64)
-    keys = order_keys(np.einsum('pd,pd->p', queries[left].astype(np.float64), products[right].astype(np.float64)), right, size)
+    keys = order_keys(pair_scores(queries, products, left, right), right, size)
     scores = read_keys(keys, size)[1]
     bounds = np.flatnonzero(np.diff(left, prepend=-1, append=-1))   # where the pairs of one query start and end
     spans = list(zip(bounds[:-1], bounds[1:]))
@@ -161,30 +279,36 @@ def exact_ranks(
                 query = queries[left[start]].astype(np.float64)
                 def exact(places): return order_keys(part[places].astype(np.float64) @ query, at + places, size)
                 for pair in range(start, end): ranks[pair] += count_before(row, scores[pair], keys[pair], exact)
-    return scores, ranks
+    return ranks
 
-# %% ../nbs/api/11_mining.ipynb #cell-28
+# %% ../nbs/api/11_mining.ipynb #cell-48
 def rank_judged(
-    emb: Embeddings,      # of one model
-    data: RelevanceData,  # whose judgments are ranked
-) -> pl.DataFrame:  # query_id, query, product_id, grade, locale, score, rank (null outside the locale's catalogue)
+    emb: Embeddings,       # of one model
+    data: RelevanceData,   # whose judgments are ranked
+    listed: pl.DataFrame | None = None,  # as from `list_catalogue`, exact; None: count every rank
+    boundary: int = 1,     # products of this grade and above are ranked however deep they lie
+) -> pl.DataFrame:  # query_id, query, product_id, grade, locale, score (null outside the catalogue), rank (null if below the list and not counted)
     "Every judged pair with its score and rank in the catalogue of its locale."
     query_at, product_at = ({name: i for i, name in enumerate(ids)} for ids in (emb.query_ids, emb.product_ids))
+    if listed is None: listed, boundary = pl.DataFrame(schema=ROWS), 0
+    pairs = data.judgments.sort('query_id', 'product_id').join(
+        listed.select('query_id', 'product_id', 'rank'), on=['query_id', 'product_id'], how='left', maintain_order='left')
     parts = []
-    for (locale,), pairs in data.judgments.sort('query_id', 'product_id').group_by('locale', maintain_order=True):
+    for (locale,), part in pairs.group_by('locale', maintain_order=True):
         rows = candidates(data, locale)
         place = np.full(len(emb.products), -1)
         place[rows] = np.arange(len(rows))
-        left = np.array([query_at[q] for q in pairs['query_id']])
-        right = place[[product_at[p] for p in pairs['product_id']]]
-        scores, ranks = np.full(len(pairs), np.nan), np.full(len(pairs), -1)
-        at = np.flatnonzero(right >= 0)
-        scores[at], ranks[at] = exact_ranks(emb.queries, emb.products[rows], left[at], right[at])
-        parts.append(pairs.select('query_id', 'query', 'product_id', 'grade', 'locale').with_columns(
-            score=pl.Series(scores).fill_nan(None), rank=pl.Series(ranks).replace(-1, None)))
+        left, right = (np.array([at[name] for name in part[key]]) for at, key in ((query_at, 'query_id'), (product_at, 'product_id')))
+        scores = np.rint(pair_scores(emb.queries, emb.products, left, right) * SCORE_STEPS) / SCORE_STEPS
+        scores[place[right] < 0] = np.nan
+        ranks = part['rank'].fill_null(0).to_numpy(writable=True)
+        deep = np.flatnonzero((place[right] >= 0) & (ranks == 0) & (part['grade'] >= boundary).to_numpy())
+        if len(deep): ranks[deep] = exact_ranks(emb.queries, emb.products[rows], left[deep], place[right[deep]])
+        parts.append(part.select('query_id', 'query', 'product_id', 'grade', 'locale').with_columns(
+            score=pl.Series(scores).fill_nan(None), rank=pl.Series(ranks).replace(0, None)))
     return pl.concat(parts)
 
-# %% ../nbs/api/11_mining.ipynb #cell-31
+# %% ../nbs/api/11_mining.ipynb #cell-51
 REASONS = {
     'hard_positive': ('outside the catalogue', 'in its place'),
     'hard_negative': ('outside the catalogue', 'nothing better judged', 'in its place', 'beyond depth'),
@@ -199,60 +323,37 @@ def first_reason(
     "Why a candidate of this kind is removed."
     return pl.coalesce(*(pl.when(test).then(pl.lit(why)) for test, why in zip(tests, REASONS[kind], strict=True)))
 
-# %% ../nbs/api/11_mining.ipynb #cell-33
+# %% ../nbs/api/11_mining.ipynb #cell-53
 def boundary_tests(
     boundary: int,  # grades from this one up are above it
 ) -> tuple[pl.Expr, pl.Expr, pl.Expr]:  # hard positive; hard negative; below the boundary with something above it
     "Tests of one boundary on a frame of judged pairs with score and rank."
-    above, listed = pl.col('grade') >= boundary, pl.col('rank').is_not_null()
+    above, there = pl.col('grade') >= boundary, pl.col('score').is_not_null()
     best_below = pl.col('score').filter(~above).max().over('query_id')
     worst_above = pl.col('score').filter(above).min().over('query_id')
-    ideal = (above & listed).sum().over('query_id')
+    ideal = (above & there).sum().over('query_id')
     low, high = pl.col('score') <= best_below, pl.col('score') >= worst_above   # null where that side is empty
     return (above & (low.fill_null(False) | (pl.col('rank') > ideal)), ~above & high.fill_null(False),
             ~above & worst_above.is_not_null())
 
-# %% ../nbs/api/11_mining.ipynb #cell-35
+# %% ../nbs/api/11_mining.ipynb #cell-55
 def hard_samples(
-    judged: pl.DataFrame,           # as from `rank_judged`
+    judged: pl.DataFrame,           # as from `rank_judged`, which counted from the lowest boundary up
     boundaries: tuple[int, ...] = (2,),  # grade boundaries to mine
     depth: int = 100,               # a hard negative ranks at most here
 ) -> pl.DataFrame:  # `judged` with kind and removed (the reason, null where the pair is taken)
     "Judged pairs as candidates for hard positives and hard negatives."
     positive, negative, facing = (pl.any_horizontal(tests) for tests in zip(*map(boundary_tests, boundaries)))
-    absent = pl.col('rank').is_null()
+    absent, deep = pl.col('score').is_null(), pl.col('rank').is_null() | (pl.col('rank') > depth)
     marked = judged.with_columns(
         positive=first_reason('hard_positive', absent, ~positive),
-        negative=first_reason('hard_negative', absent, ~facing, ~negative, pl.col('rank') > depth))
+        negative=first_reason('hard_negative', absent, ~facing, ~negative, deep))
     above = marked.filter(pl.col('grade') >= min(boundaries))
     below = marked.filter(pl.col('grade') < max(boundaries))
     return pl.concat([frame.with_columns(kind=pl.lit(f'hard_{side}'), removed=side).drop('positive', 'negative')
                       for side, frame in dict(positive=above, negative=below).items()])
 
-# %% ../nbs/api/11_mining.ipynb #cell-40
-def list_catalogue(
-    emb: Embeddings,        # of one model
-    data: RelevanceData,    # whose queries are searched
-    depth: int = 100,       # list length
-    factory: str = 'Flat',  # FAISS factory string
-    parameters: str = '',   # of the search, as 'nprobe=16'
-) -> pl.DataFrame:  # query_id, query, product_id, locale, score, rank: a query's rows together, best first
-    "Each query's first `depth` products, from one index per locale."
-    query_at, names, parts = {q: i for i, q in enumerate(emb.query_ids)}, np.array(emb.product_ids), []
-    for (locale,), group in data.queries.group_by('locale', maintain_order=True):
-        rows = candidates(data, locale)
-        if not len(rows): continue   # no product of this locale: its queries come up short
-        products = np.ascontiguousarray(emb.products[rows], dtype=np.float32)
-        queries = np.ascontiguousarray(emb.queries[[query_at[q] for q in group['query_id']]], dtype=np.float32)
-        found, scores = search(build_index(products, factory, parameters), queries, products, depth)
-        count = found.shape[1]
-        frame = group.select('query_id', 'query', 'locale')[np.repeat(np.arange(len(group)), count)]
-        parts.append(frame.select(
-            'query_id', 'query', pl.Series('product_id', names[rows[found.ravel()]], pl.String), 'locale',
-            score=scores.ravel(), rank=np.tile(np.arange(1, count + 1), len(group))).filter(found.ravel() >= 0))
-    return pl.concat(parts) if parts else pl.DataFrame(schema=ROWS).drop('grade', 'kind', 'source')
-
-# %% ../nbs/api/11_mining.ipynb #cell-42
+# %% ../nbs/api/11_mining.ipynb #cell-60
 def pending_samples(
     listed: pl.DataFrame,     # as from `list_catalogue`
     judged: pl.DataFrame,     # as from `rank_judged`
@@ -265,10 +366,10 @@ def pending_samples(
     keys = ['query_id', 'text']
     known = judged.join(texts, on='product_id').select(*keys, known=pl.lit(True)).unique()
     best = judged.filter(pl.col('grade') >= Grade.RELEVANT).group_by('query_id').agg(best=pl.col('score').max())
-    rows = (listed.filter(pl.col('rank').is_between(*window)).sort('query_id', 'rank')
-            .join(judged.select('query_id', 'product_id', seen=pl.lit(True)), on=['query_id', 'product_id'], how='left')
-            .join(texts, on='product_id', how='left').join(known, on=keys, how='left')
-            .join(best, on='query_id', how='left'))
+    rows = listed.filter(pl.col('rank').is_between(*window))   # best first within a query, and so it stays
+    for more, on in ((judged.select('query_id', 'product_id', seen=pl.lit(True)), ['query_id', 'product_id']),
+                     (texts, 'product_id'), (known, keys), (best, 'query_id')):
+        rows = rows.join(more, on=on, how='left', maintain_order='left')
     seen, known = pl.col('seen').is_not_null(), pl.col('known').is_not_null()
     far = pl.lit(False) if margin is None else (pl.col('score') < pl.col('best') - margin).fill_null(False)
     repeated = ~pl.struct(keys).is_first_distinct()
@@ -276,7 +377,7 @@ def pending_samples(
     return rows.with_columns(grade=pl.lit(UNJUDGED, pl.Int8), kind=pl.lit('pending'), removed=first_reason(
         'pending', seen, known, repeated, far, taken > per_query)).drop('seen', 'text', 'known', 'best')
 
-# %% ../nbs/api/11_mining.ipynb #cell-45
+# %% ../nbs/api/11_mining.ipynb #cell-63
 def count_removed(
     samples: pl.DataFrame,  # kind, removed
 ) -> pl.DataFrame:  # kind, reason, removed, left: a row 'candidates' first, then every filter in its order
@@ -290,7 +391,7 @@ def count_removed(
             .with_columns(pl.col('removed', 'total').fill_null(0).cast(pl.Int64))
             .select('kind', 'reason', 'removed', left=pl.col('total') - pl.col('removed').cum_sum().over('kind')))
 
-# %% ../nbs/api/11_mining.ipynb #cell-48
+# %% ../nbs/api/11_mining.ipynb #cell-66
 def score_table(
     rows: pl.DataFrame,  # kind, grade, score
 ) -> pl.DataFrame:  # kind, grade, pairs, lowest, q25, median, q75, highest
@@ -301,7 +402,7 @@ def score_table(
         median=score.median(), q75=score.quantile(.75, 'linear'), highest=score.max()
     ).sort('kind', 'grade', descending=[False, True])
 
-# %% ../nbs/api/11_mining.ipynb #cell-51
+# %% ../nbs/api/11_mining.ipynb #cell-69
 def short_queries(
     pending: pl.DataFrame,  # as from `pending_samples`
     queries: pl.DataFrame,  # query_id, query, locale: all that were mined
@@ -316,7 +417,7 @@ def short_queries(
             .with_columns(pl.selectors.numeric().fill_null(0).cast(pl.Int64))
             .filter(pl.col('found') < per_query).sort('found', 'query_id'))
 
-# %% ../nbs/api/11_mining.ipynb #cell-54
+# %% ../nbs/api/11_mining.ipynb #cell-72
 def advice(
     short: pl.DataFrame,  # as from `short_queries`
     settings: dict,       # of the mining run
@@ -333,7 +434,7 @@ def advice(
     lines = [f'{len(short)} of {queries} queries have fewer than {wanted} pending candidates.']
     return lines + [f'{count}: {cause}' for test, cause in causes if (count := len(short.filter(test)))]
 
-# %% ../nbs/api/11_mining.ipynb #cell-57
+# %% ../nbs/api/11_mining.ipynb #cell-75
 @dataclass(frozen=True, eq=False)
 class MiningReport:
     "What mining did, in counts and scores."
@@ -346,7 +447,7 @@ class MiningReport:
 
     def _repr_html_(self) -> str: return report_html(self)
 
-# %% ../nbs/api/11_mining.ipynb #cell-59
+# %% ../nbs/api/11_mining.ipynb #cell-77
 REPORT = dict(
     filters=dict(kind=pl.String, reason=pl.String, removed=pl.Int64, left=pl.Int64),
     short=dict(query_id=pl.String, query=pl.String, locale=pl.String, found=pl.Int64, window=pl.Int64, judged=pl.Int64,
@@ -354,8 +455,7 @@ REPORT = dict(
     scores=dict(kind=pl.String, grade=pl.Int8, pairs=pl.Int64) | dict.fromkeys(
         ('lowest', 'q25', 'median', 'q75', 'highest'), pl.Float64))
 
-
-# %% ../nbs/api/11_mining.ipynb #cell-61
+# %% ../nbs/api/11_mining.ipynb #cell-79
 PLAIN = dict(tbl_rows=-1, tbl_cols=-1, fmt_str_lengths=60, tbl_hide_dataframe_shape=True,
              tbl_hide_column_data_types=True)
 
@@ -385,7 +485,7 @@ def report_html(report: MiningReport) -> str: # for a notebook
     lines = advice(report.short, report.settings) + [', '.join(f'{k}={v}' for k, v in report.settings.items())]
     return ''.join(tables) + ''.join(f'<p>{html.escape(line)}</p>' for line in lines)
 
-# %% ../nbs/api/11_mining.ipynb #cell-63
+# %% ../nbs/api/11_mining.ipynb #cell-81
 @dataclass(frozen=True, eq=False)
 class Mined:
     "Mined samples with provenance, and the report of the mining."
@@ -403,7 +503,7 @@ class Mined:
 
     def _repr_html_(self) -> str: return f'<p>{html.escape(repr(self))}</p>{self.report._repr_html_()}'
 
-# %% ../nbs/api/11_mining.ipynb #cell-65
+# %% ../nbs/api/11_mining.ipynb #cell-83
 def check_settings(
     depth: int, window: tuple[int, int], per_query: int, boundaries: tuple[int, ...], # as in `mine`
 ) -> None:
@@ -415,7 +515,7 @@ def check_settings(
         raise ValueError(f'mining: boundaries {tuple(boundaries)} must be some of {tuple(range(1, max(Grade) + 1))}: '
                          'grades from the boundary up stand against all lower ones')
 
-# %% ../nbs/api/11_mining.ipynb #cell-67
+# %% ../nbs/api/11_mining.ipynb #cell-85
 def mine(
     emb: Embeddings,        # the split's queries and all products, by the encoder to refine
     data: RelevanceData,
@@ -436,7 +536,9 @@ def mine(
         held = ', '.join(data.queries['split'].unique().sort()) or 'no judgments at all'
         raise ValueError(f'mining: the split {split!r} of {data.name} has no judgments; the data holds {held}')
     check_vectors(emb, part)
-    judged, listed = rank_judged(emb, part), list_catalogue(emb, part, depth, factory, parameters)
+    listed = list_catalogue(emb, part, depth)
+    judged = rank_judged(emb, part, listed, min(boundaries))
+    if factory != 'Flat' or parameters: listed = list_catalogue(emb, part, depth, factory, parameters)
     texts = part.products.select('product_id', text=product_text(part.products))
     pending = pending_samples(listed, judged, texts, window, margin, per_query)
     settings = dict(data=data.name, fingerprint=data.fingerprint, split=split, queries=len(part.queries),
@@ -444,7 +546,7 @@ def mine(
                     per_query=per_query, boundaries=list(boundaries))
     return assemble(hard_samples(judged, boundaries, depth), pending, judged, part, settings)
 
-# %% ../nbs/api/11_mining.ipynb #cell-69
+# %% ../nbs/api/11_mining.ipynb #cell-87
 def assemble(
     hard: pl.DataFrame,     # as from `hard_samples`
     pending: pl.DataFrame,  # as from `pending_samples`
@@ -460,7 +562,7 @@ def assemble(
     return Mined(rows, MiningReport(count_removed(samples), short_queries(pending, data.queries, settings['per_query']),
                                     scores, settings))
 
-# %% ../nbs/api/11_mining.ipynb #cell-79
+# %% ../nbs/api/11_mining.ipynb #cell-97
 def check_labels(
     rows: pl.DataFrame,    # of a `Mined`
     labels: pl.DataFrame,  # query_id, product_id, grade, source
@@ -481,7 +583,7 @@ def check_labels(
         if len(wrong): raise ValueError(f'{len(wrong)} of {len(labels)} {what} (first: query_id '
                                         f"{wrong['query_id'][0]}, product_id {wrong['product_id'][0]})")
 
-# %% ../nbs/api/11_mining.ipynb #cell-81
+# %% ../nbs/api/11_mining.ipynb #cell-99
 def apply_grades(
     mined: Mined,
     labels: pl.DataFrame,  # query_id, product_id, grade (-1 or null: could not be graded), source
@@ -498,7 +600,7 @@ def apply_grades(
         'kind', 'grade', descending=[False, True])
     return Mined(rows, replace(mined.report, scores=scores))
 
-# %% ../nbs/api/11_mining.ipynb #cell-84
+# %% ../nbs/api/11_mining.ipynb #cell-102
 def relabel(
     mined: Mined,
     data: RelevanceData,     # the catalogue that was mined
@@ -518,7 +620,7 @@ def relabel(
                                                             guideline=annotator.guideline.fingerprint))
     return Mined(graded.rows, report)
 
-# %% ../nbs/api/11_mining.ipynb #cell-85
+# %% ../nbs/api/11_mining.ipynb #cell-103
 def unsure_rows(
     labels: pl.DataFrame,  # as from `judging.annotate`
     confidence: float,     # least probability
@@ -530,7 +632,7 @@ def unsure_rows(
             ('annotated', f'the annotator is less than {confidence:.2f} sure', unsure, len(labels) - failed - unsure)]
     return pl.DataFrame(rows, schema=REPORT['filters'], orient='row')
 
-# %% ../nbs/api/11_mining.ipynb #cell-90
+# %% ../nbs/api/11_mining.ipynb #cell-108
 def hidden_truth(
     emb: Embeddings,  # of the encoder that mines
     data: RelevanceData,
@@ -548,7 +650,7 @@ def hidden_truth(
     return (found.join(part.judgments.select('query_id', 'product_id', 'grade'), on=['query_id', 'product_id'], how='left')
             .with_columns(pl.col('grade').fill_null(UNJUDGED)))
 
-# %% ../nbs/api/11_mining.ipynb #cell-93
+# %% ../nbs/api/11_mining.ipynb #cell-111
 def save_mined(
     mined: Mined,
     path: str | Path,  # of the Parquet file
@@ -558,7 +660,7 @@ def save_mined(
     metadata = dict(mining_report=json.dumps(frames | dict(settings=mined.report.settings)))
     return write_whole(path, lambda file: mined.rows.write_parquet(file, metadata=metadata))
 
-# %% ../nbs/api/11_mining.ipynb #cell-95
+# %% ../nbs/api/11_mining.ipynb #cell-113
 def load_mined(
     path: str | Path,  # as written by `save_mined`
 ) -> Mined:
@@ -571,7 +673,7 @@ def load_mined(
     frames = {name: pl.DataFrame(found[name], schema=schema) for name, schema in REPORT.items()}
     return Mined(rows, MiningReport(**frames, settings=found['settings']))
 
-# %% ../nbs/api/11_mining.ipynb #cell-98
+# %% ../nbs/api/11_mining.ipynb #cell-116
 def recall_against_flat(
     emb: Embeddings,        # of one model
     data: RelevanceData,

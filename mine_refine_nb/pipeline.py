@@ -6,7 +6,7 @@
 __all__ = ['TINY', 'FULL', 'UPPER', 'PRESETS', 'ANNOTATORS', 'ROWS_OF_EVALUATION', 'LIBRARIES', 'PAIRS_OF_STAGES', 'Preset',
            'scale', 'check_annotator', 'Request', 'cut_corner', 'request_data', 'save_evaluation', 'load_evaluation',
            'Run', 'open_run', 'load_stage', 'stage_vectors', 'measure_slices', 'keep_index', 'measure', 'evaluations',
-           'save_training', 'training_data', 'run_stage1', 'run_stage2', 'run_annotator', 'run_mining',
+           'save_training', 'training_data', 'run_stage1', 'run_stage2', 'run_judge', 'run_annotator', 'run_mining',
            'threshold_table', 'compare_stages', 'write_results', 'run_pipeline', 'results_table', 'train_and_measure',
            'reopen_run', 'production_test']
 
@@ -26,14 +26,14 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from .abtest import Readout, simulated_test
-from .annotating import annotator_quality, fit_annotator, mined_negatives, open_annotator
+from .annotating import annotator_quality, fit_annotator, mined_negatives, name_annotator, open_annotator
 from .annotator import PACKAGED_LLM, AnnotatorRecipe, LocalAnnotator, load_llm
 from .augment import Augmented
 from .augmenting import KINDS, augmented, fitting_recipe, mined_for_copies
 from .cross_encoder import CrossRecipe
 from .data import RelevanceData, load_data
 from .encoder import DEFAULT_BACKBONE, Embeddings, check_backbone, embed, load_backbone
-from .judging import ABOUT, read_about
+from .judging import ABOUT, Annotator, read_about
 from .machine import write_json, write_whole
 from .market import build_market, simulate
 from .metrics import HEADLINE, Evaluation, compare, evaluate
@@ -110,13 +110,20 @@ class Request:
     dim: int | None = None  # size of the projection heads; None: the backbone's own vectors
     layout: str | None = None  # of the data folder; None: detect it
     seed: int = 0
-    annotator: str = "cross"  # who grades what mining finds: a key of `ANNOTATORS`, or the folder of a saved annotator
+    annotator: str = "cross"  # who grades what mining finds: a key of `ANNOTATORS`, a saved annotator's folder, or a model at `endpoint`
     augment: str = "none"  # training queries beside the judged ones: one of `augmenting.KINDS`
+    endpoint: str | None = None  # base address of an OpenAI-compatible endpoint, where `annotator` is the model's name
+    price: str | None = None  # of the endpoint, per million tokens in and out, as "0.15,0.60"
+    limit: float | None = None  # most that the run may spend there
 
     def __post_init__(self):
         if self.augment not in KINDS:
             raise ValueError(f"no augmentation {self.augment!r}: choose one of {', '.join(KINDS)}")
-        if self.annotator not in ANNOTATORS:
+        if self.endpoint and self.annotator in ANNOTATORS:
+            raise ValueError(f"an endpoint needs the name of its model: --annotator MODEL, not {self.annotator!r}")
+        if not self.endpoint and (self.price or self.limit is not None):
+            raise ValueError("a price and a spending limit belong to an endpoint: give --endpoint as well")
+        if self.annotator not in ANNOTATORS and not self.endpoint:
             check_annotator(self.annotator, self.backbone)
         if self.preset not in PRESETS:
             raise ValueError(f"no preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
@@ -215,8 +222,10 @@ def open_run(
     memory = folder / "run.json"
     if memory.exists() and not resume:
         raise ValueError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
+    if request.endpoint:
+        name_annotator(request.annotator, request.endpoint, request.price, request.limit)    # says no before the work
     data = request_data(request)
-    asked = asdict(request) | {"fingerprint": data.fingerprint, "stage1": asdict(preset.stage1), "stage2": asdict(preset.stage2), "llm": asdict(preset.llm), "cross": asdict(preset.cross)}
+    asked = {key: value for key, value in asdict(request).items() if key not in ("price", "limit")} | {"fingerprint": data.fingerprint, "stage1": asdict(preset.stage1), "stage2": asdict(preset.stage2), "llm": asdict(preset.llm), "cross": asdict(preset.cross)}
     record = {
         "request": json.loads(json.dumps(asked)), "python": platform.python_version(), "seconds": {},
         "versions": {name: version(name) for name in LIBRARIES},
@@ -319,6 +328,18 @@ def run_stage2(run: Run) -> None:
     history = train_stage2(model, made.data, mined, scores, folder, recipe, resume=run.resume, progress=run.progress)
     save_training(run, "stage2", model, history)
 
+# %% ../nbs/api/17_pipeline.ipynb #cell-49-judge
+def run_judge(
+    run: Run,
+    spent: float = 0.0,  # of the limit so far
+) -> Annotator:
+    "The run's annotator: trained by the run, saved before, or at an endpoint with what is left of the limit."
+    asked = run.request
+    if asked.annotator in ANNOTATORS:
+        return open_annotator(run.folder / "annotator")
+    left = None if asked.limit is None else asked.limit - spent
+    return name_annotator(asked.annotator, asked.endpoint, asked.price, left)
+
 # %% ../nbs/api/17_pipeline.ipynb #cell-49
 def run_annotator(run: Run) -> None:
     "An annotator, measured; nothing to do where nobody annotates."
@@ -332,9 +353,10 @@ def run_annotator(run: Run) -> None:
         annotator = fit_annotator(run.data, hints, run.folder / "annotator", recipe, run.request.backbone, most=preset.pairs,
                                   resume=run.resume, progress=run.progress)
     else:
-        annotator = open_annotator(who)
+        annotator = run_judge(run)
     found = annotator_quality([annotator], run.data, hints, ("stage 1", stage1), run.folder / "labels.db", run.request.seed, run.progress)
-    write_json(run.folder / "annotator.json", found | {"mined negatives": mined_negatives(run.data, stage1)})
+    found |= {"mined negatives": mined_negatives(run.data, stage1), "spent": getattr(annotator, "spent", 0.0)}
+    write_json(run.folder / "annotator.json", found)
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-50
 def run_mining(run: Run) -> None:
@@ -345,8 +367,8 @@ def run_mining(run: Run) -> None:
         pending = mined.rows.filter(kind="pending").select("query_id", "product_id", grade=pl.lit(0, pl.Int8), source=pl.lit("taken for irrelevant"))
         mined = apply_grades(mined, pending)
     elif who != "none":
-        annotator = open_annotator(run.folder / "annotator" if who in ANNOTATORS else who)
-        chosen = json.loads((run.folder / "annotator.json").read_text(encoding="utf-8"))["confidence"]
+        measured = json.loads((run.folder / "annotator.json").read_text(encoding="utf-8"))
+        chosen, annotator = measured["confidence"], run_judge(run, measured["spent"])
         mined = relabel(mined, run.data, annotator, 1.01 if chosen is None else chosen, run.folder / "labels.db",
                         stage_vectors(run, "pretrained"), run.progress)
     mined.save(run.folder / "mined.parquet")
@@ -446,7 +468,7 @@ def reopen_run(
     if not (folder / "run.json").exists() or not (folder / "metrics.json").exists():
         raise ValueError(f"{folder} holds no finished run: give the folder that `mine-refine run` wrote with --out")
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    request = Request(**{one.name: record["request"][one.name] for one in fields(Request)})
+    request = Request(**{one.name: record["request"][one.name] for one in fields(Request) if one.name in record["request"]})
     return Run(folder, request, RelevanceData.load(folder / "data"), False, record, True)
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-66

@@ -43,23 +43,24 @@ from .machine import fast_dtype, write_json
 from .market import simulate
 from .metrics import evaluate
 from .mining import mine
-from .training import ListCollator, ListSampler, ListTrainer, ScoreMatrixLoss, freeze, query_lists, quieten
+from .training import ListCollator, ListSampler, ListTrainer, ScoreMatrixLoss, freeze, query_lists, quieten, without_dropout
 
 # %% ../nbs/api/16b_speed.ipynb #cell-5
 def in_turns(
     sides: dict[str, Callable[[], object]],    # name -> work
     rounds: int = 3,
+    clock: Callable[[], float] = time.perf_counter,    # or `time.process_time`
 ) -> dict[str, list[float]]:    # name -> seconds of each round
     "Time several ways of doing one thing, one after the other, round by round."
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, work in sides.items():
-            started = time.perf_counter()
+            started = clock()
             work()
-            found[name].append(time.perf_counter() - started)
+            found[name].append(clock() - started)
     return found
 
-# %% ../nbs/api/16b_speed.ipynb #cell-5-b
+# %% ../nbs/api/16b_speed.ipynb #cell-7
 def ratio(
     found: dict[str, list[float]],    # from `in_turns`
     slow: str,
@@ -68,14 +69,14 @@ def ratio(
     "How many times longer one side takes: the median over the rounds."
     return median(a / b for a, b in zip(found[slow], found[fast]))
 
-# %% ../nbs/api/16b_speed.ipynb #cell-7
+# %% ../nbs/api/16b_speed.ipynb #cell-9
 def peak_memory() -> float:
     "The most memory that this process ever held, in GB."
     status = Path("/proc/self/status")
     if status.exists(): return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
-# %% ../nbs/api/16b_speed.ipynb #cell-7-b
+# %% ../nbs/api/16b_speed.ipynb #cell-11
 def apart(
     call: str,    # of a function of this room, as Python text
 ) -> dict:
@@ -85,14 +86,14 @@ def apart(
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../nbs/api/16b_speed.ipynb #cell-9
+# %% ../nbs/api/16b_speed.ipynb #cell-13
 def trainer_settings(folder: str, steps: int, batch: int, **more) -> SentenceTransformerTrainingArguments:
     "Settings that both sides share."
     return SentenceTransformerTrainingArguments(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-5, bf16=fast_dtype("cpu") is not None, use_cpu=not torch.cuda.is_available(),
         save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**9, dataloader_pin_memory=False, **more)
 
-# %% ../nbs/api/16b_speed.ipynb #cell-9-b
+# %% ../nbs/api/16b_speed.ipynb #cell-15
 def long_lists(
     data: RelevanceData,
     least: int = 8,    # judged products of a query
@@ -101,7 +102,7 @@ def long_lists(
     train = data.split("train").judgments
     return train.filter(pl.len().over("query_id") >= least).sort("query_id", maintain_order=True)
 
-# %% ../nbs/api/16b_speed.ipynb #cell-10
+# %% ../nbs/api/16b_speed.ipynb #cell-17
 def list_training(
     model: SentenceTransformer,
     data: RelevanceData,
@@ -123,7 +124,7 @@ def list_training(
         trainer.train()
     return work, pairs
 
-# %% ../nbs/api/16b_speed.ipynb #cell-10-b
+# %% ../nbs/api/16b_speed.ipynb #cell-19
 def pair_training(
     model: SentenceTransformer,
     data: RelevanceData,
@@ -145,21 +146,24 @@ def pair_training(
         trainer.train()
     return work, steps * batch
 
-# %% ../nbs/api/16b_speed.ipynb #cell-11
+# %% ../nbs/api/16b_speed.ipynb #cell-21
 def training_side(
     name: str,                # 'ours' or a peer
     backbone: str,
     frozen: float | None,     # as in `training_speed`
     max_length: int,
+    alike: bool = False,      # as in `training_speed`
 ) -> SentenceTransformer:
-    "The encoder of one side, with its part of the layers fixed."
+    "The encoder of one side, as it trains there."
     model = load_backbone(backbone)
     model.max_seq_length = max_length
-    if name == "ours": freeze(model, True, 0.5 if frozen is None else frozen)
-    elif frozen is not None: freeze(model, True, frozen)
+    if name == "ours" or frozen is not None: freeze(model, True, 0.5 if frozen is None else frozen)
+    if name == "ours" or alike:
+        without_dropout(model)
+        if model.device.type == "cpu": model[0].model.set_attn_implementation("eager")    # as `training.written_out`
     return model
 
-# %% ../nbs/api/16b_speed.ipynb #cell-11-b
+# %% ../nbs/api/16b_speed.ipynb #cell-23
 def training_speed(
     data: RelevanceData | None = None,    # None: the simulated market
     backbone: str = "all-MiniLM-L6-v2",
@@ -168,6 +172,7 @@ def training_speed(
     products: int = 16,      # per query
     rounds: int = 3,
     frozen: float | None = 0.5,    # part of the layers frozen on both sides; None: ours as it comes, theirs whole
+    alike: bool = False,     # dropout off and attention written out on their side as well
     max_length: int = 64,
 ) -> dict:                   # judged pairs per second of each side, and the ratios
     "Judged pairs per second, ours against sentence-transformers' trainer with CoSENT and MNRL."
@@ -175,16 +180,16 @@ def training_speed(
     judged, sides, pairs = long_lists(data), {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("ours", "CoSENT", "MNRL"):
-            model = training_side(name, backbone, frozen, max_length)
+            model = training_side(name, backbone, frozen, max_length, alike)
             if name == "ours": sides[name], pairs[name] = list_training(model, data, judged, steps, queries, products, folder)
             else: sides[name], pairs[name] = pair_training(model, data, judged, name, steps, queries * products, folder)
-        found = in_turns(sides, rounds)
+        found = in_turns(sides, rounds, time.process_time)
     rate = {name: [pairs[name] / second for second in seconds] for name, seconds in found.items()}
-    return {"backbone": backbone, "frozen": frozen, "rounds": rounds, "threads": torch.get_num_threads(), "bfloat16": fast_dtype("cpu") is not None} | {
+    return {"backbone": backbone, "frozen": frozen, "alike": alike, "rounds": rounds, "threads": torch.get_num_threads(), "bfloat16": fast_dtype("cpu") is not None} | {
         f"{name} pairs per second": median(values) for name, values in rate.items()} | {
         f"ratio to {name}": ratio(rate, "ours", name) for name in ("CoSENT", "MNRL")}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-14
+# %% ../nbs/api/16b_speed.ipynb #cell-26
 def loss_batch(
     queries: int,
     products: int,
@@ -198,35 +203,35 @@ def loss_batch(
     near = base[owner] + 2 * torch.randn(products, dim, generator=generator)
     return nn.functional.normalize(base, dim=1).requires_grad_(), nn.functional.normalize(near, dim=1).requires_grad_(), owner
 
-# %% ../nbs/api/16b_speed.ipynb #cell-14-b
+# %% ../nbs/api/16b_speed.ipynb #cell-28
 def grade_of(owner: torch.Tensor, queries: int) -> torch.Tensor:    # int8 [queries, products]: 1 for a query's own products, else 0
     "The grade matrix of a batch."
     grades = torch.zeros(queries, len(owner), dtype=torch.int8)
     grades[owner, torch.arange(len(owner))] = 1
     return grades
 
-# %% ../nbs/api/16b_speed.ipynb #cell-15
+# %% ../nbs/api/16b_speed.ipynb #cell-30
 SUPCON = partial(supcon_loss, temperature=0.05, positives={1})
 CIRCLE = partial(circle_loss, centers=(0.0, 1.0), margin=0.25, gamma=32.0, saturate=False)
 
-# %% ../nbs/api/16b_speed.ipynb #cell-15-b
+# %% ../nbs/api/16b_speed.ipynb #cell-32
 def our_loss(kind: str, queries: torch.Tensor, products: torch.Tensor, owner: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     "SupCon or circle loss by this library; in blocks of `rows` queries, or the whole matrix."
     queries, products = (nn.functional.normalize(x, dim=1) for x in (queries, products))    # as the other library does
     loss, grades = SUPCON if kind == "supcon" else CIRCLE, grade_of(owner, len(queries))
     return loss(queries @ products.T, grades) if rows is None else in_blocks(loss, queries, products, grades, rows)
 
-# %% ../nbs/api/16b_speed.ipynb #cell-15-c
+# %% ../nbs/api/16b_speed.ipynb #cell-34
 def their_loss(kind: str, queries: torch.Tensor, products: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
     "The same by pytorch-metric-learning, from labels."
     from pytorch_metric_learning import losses    # a development dependency
     loss = losses.SupConLoss(temperature=0.05) if kind == "supcon" else losses.CircleLoss(m=0.25, gamma=32)
     return loss(queries, torch.arange(len(queries)), ref_emb=products, ref_labels=owner)
 
-# %% ../nbs/api/16b_speed.ipynb #cell-16
+# %% ../nbs/api/16b_speed.ipynb #cell-36
 LOSSES = {"ours": our_loss, "ours in blocks": partial(our_loss, rows=128), "pytorch-metric-learning": their_loss}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-16-b
+# %% ../nbs/api/16b_speed.ipynb #cell-38
 def loss_memory(side: str, kind: str, queries: int, products: int) -> dict:    # for `apart`
     "Memory that forward and backward add to what the batch already takes, in GB."
     batch = loss_batch(queries, products)
@@ -235,7 +240,7 @@ def loss_memory(side: str, kind: str, queries: int, products: int) -> dict:    #
     LOSSES[side](kind, *batch).backward()
     return {"gb": peak_memory() - before}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-16-c
+# %% ../nbs/api/16b_speed.ipynb #cell-40
 def value_and_gradients(
     side: str,    # of `LOSSES`
     kind: str,    # 'supcon' or 'circle'
@@ -245,7 +250,7 @@ def value_and_gradients(
     value = LOSSES[side](kind, *batch)
     return value.detach(), *torch.autograd.grad(value, batch[:2])
 
-# %% ../nbs/api/16b_speed.ipynb #cell-16-d
+# %% ../nbs/api/16b_speed.ipynb #cell-42
 def compare_times(
     kind: str,    # 'supcon' or 'circle'
     batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],    # from `loss_batch`
@@ -260,7 +265,7 @@ def compare_times(
         found[f"{kind}, {side}: greatest relative difference"] = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results[side], theirs))
     return found | {f"{kind}, {side}: seconds": median(values) for side, values in seconds.items()}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-16-e
+# %% ../nbs/api/16b_speed.ipynb #cell-44
 def compare_memory(
     kind: str,    # 'supcon' or 'circle'
     queries: int,
@@ -271,7 +276,7 @@ def compare_memory(
     return {f"{kind}, {side}: gb": gb for side, gb in held.items()} | {
         f"{kind}, {side}: share of the memory": held[side] / held["pytorch-metric-learning"] for side in ("ours", "ours in blocks")}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-16-f
+# %% ../nbs/api/16b_speed.ipynb #cell-46
 def loss_speed(
     queries: int = 1024,
     products: int = 8192,
@@ -285,7 +290,7 @@ def loss_speed(
         if memory: found |= compare_memory(kind, queries, products)
     return found
 
-# %% ../nbs/api/16b_speed.ipynb #cell-19
+# %% ../nbs/api/16b_speed.ipynb #cell-49
 class Prepared:
     "Stands in for an encoder: the text `q17` has row 17 of the query vectors."
     device = torch.device("cpu")
@@ -303,42 +308,47 @@ class Prepared:
 
     def similarity_pairwise(self, a, b) -> torch.Tensor: return (torch.as_tensor(a) * torch.as_tensor(b)).sum(-1)
 
-# %% ../nbs/api/16b_speed.ipynb #cell-20
+# %% ../nbs/api/16b_speed.ipynb #cell-51
 def ready_data(products: pl.DataFrame, pairs: pl.DataFrame) -> RelevanceData:
     "Data without the checks, which would look for near-duplicates among made-up names."
     blank = {name: pl.lit(None, pl.String) for name in ("category", "brand", "description", "locale")}
     judgments = pairs.select(query_id="query", query="query", product_id="product_id", grade=pl.col("grade").cast(pl.Int8), locale=blank["locale"], split="split")
     return RelevanceData(products.with_columns(**blank), judgments, name="made up")
 
-# %% ../nbs/api/16b_speed.ipynb #cell-20-b
+# %% ../nbs/api/16b_speed.ipynb #cell-53
 def mining_data(
     products: int,
     queries: int,
     dim: int = 384,
     judged: int = 4,    # products per query: two relevant, two not
+    deep: float = 0.,   # share of the queries with one relevant product that lies anywhere
     seed: int = 0,
 ) -> tuple[RelevanceData, Embeddings]:
     "Random vectors with judged products near their query."
     rng, unit = np.random.default_rng(seed), lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
     right = unit(rng.normal(size=(products, dim)).astype(np.float32))
-    which = np.stack([rng.choice(products, judged, replace=False) for _ in range(queries)])
-    left = unit(right[which].mean(axis=1) + 0.02 * rng.normal(size=(queries, dim)).astype(np.float32))
+    which = np.stack([rng.choice(products, judged + (deep > 0), replace=False) for _ in range(queries)])
+    left = unit(right[which[:, :judged]].mean(axis=1) + 0.02 * rng.normal(size=(queries, dim)).astype(np.float32))
+    far = np.arange(queries) < deep * queries
+    which[far, judged - 1] = which[far, -1]
+    which = which[:, :judged]
     frame = pl.DataFrame({"product_id": [f"p{i}" for i in range(products)], "title": [f"p{i}" for i in range(products)]})
     pairs = pl.DataFrame({"query": np.repeat([f"q{i}" for i in range(queries)], judged), "product_id": [f"p{i}" for i in which.ravel()],
                           "grade": np.tile(np.arange(judged) % 2 * 2, queries), "split": "train"})
     data = ready_data(frame, pairs)
     return data, Embeddings(data.queries["query_id"].to_list(), left, data.products["product_id"].to_list(), right)
 
-# %% ../nbs/api/16b_speed.ipynb #cell-21
+# %% ../nbs/api/16b_speed.ipynb #cell-55
 def mining_speed(
     products: int = 100_000,
     queries: int = 10_000,
     dim: int = 384,
-    rounds: int = 1,
+    rounds: int = 3,
     k: int = 50,    # candidates looked at per query
+    deep: float = 0.,    # see `mining_data`
 ) -> dict:
     "Queries mined per second, ours against sentence-transformers' miner on the same vectors."
-    data, emb = mining_data(products, queries, dim)
+    data, emb = mining_data(products, queries, dim, deep=deep)
     judged = data.judgments    # all of them as positives: both sides then leave out the same products
     rows = Dataset.from_dict({"query": judged["query"].to_list(), "product": judged["product_id"].to_list()})
     model, names, kept = Prepared(emb.queries, emb.products), data.products["title"].to_list(), {}
@@ -346,12 +356,12 @@ def mining_speed(
         with contextlib.redirect_stderr(io.StringIO()):
             kept["theirs"] = mine_hard_negatives(rows, model, corpus=names, range_max=k, num_negatives=10, use_faiss=True, output_format="n-tuple", verbose=False)
     def ours() -> None: kept["ours"] = mine(emb, data, depth=k, window=(1, k), per_query=10)
-    found = in_turns({"ours": ours, "sentence-transformers": theirs}, rounds)
+    found = in_turns({"ours": ours, "sentence-transformers": theirs}, rounds, time.process_time)
     return {"products": products, "queries": queries, "threads": torch.get_num_threads(), "times faster": ratio(found, "sentence-transformers", "ours"),
             "recall of theirs in ours": shared_candidates(kept["ours"].rows, kept["theirs"])} | {
             f"{name}: queries per second": queries / median(seconds) for name, seconds in found.items()}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-21-b
+# %% ../nbs/api/16b_speed.ipynb #cell-57
 def shared_candidates(mined: pl.DataFrame, theirs: Dataset) -> float:
     "Share of their first unjudged candidates that ours lists too."
     ours = mined.filter(kind="pending").group_by("query").agg("product_id")
@@ -360,7 +370,7 @@ def shared_candidates(mined: pl.DataFrame, theirs: Dataset) -> float:
     hits = [first[f"negative_{i}"][row] in mine_of.get(first["query"][row], set()) for row in range(0, len(first), 20) for i in range(1, 9)]
     return float(np.mean(hits))
 
-# %% ../nbs/api/16b_speed.ipynb #cell-24
+# %% ../nbs/api/16b_speed.ipynb #cell-60
 def evaluation_speed(
     queries: int = 5_000,
     products: int = 200_000,
@@ -373,14 +383,14 @@ def evaluation_speed(
     return {"queries": queries, "products": products, "threads": torch.get_num_threads(), "seconds": time.perf_counter() - started,
             "peak_memory_gb": peak_memory(), "before_gb": held, "ndcg@10": found.values["ndcg@10"]}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-27
+# %% ../nbs/api/16b_speed.ipynb #cell-63
 def vocabulary(rng: np.random.Generator, size: int = 30_000) -> np.ndarray:    # of str
     "Made-up words of three to nine letters, as frequent as English has them."
     letters, share = np.array(list("etaoinshrdlucmfwypvbgkjqxz")), np.array([12, 9, 8, 8, 7, 7, 6, 6, 6, 4, 4, 3, 3, 2, 2, 2, 2, 2, 1, 1, 1, .8, .3, .2, .2, .2])
     drawn = rng.choice(letters, (size, 9), p=share / share.sum())
     return np.array(["".join(row[:length]) for row, length in zip(drawn, rng.integers(3, 10, size))])
 
-# %% ../nbs/api/16b_speed.ipynb #cell-27-b
+# %% ../nbs/api/16b_speed.ipynb #cell-65
 def words(
     rng: np.random.Generator,
     known: np.ndarray,    # from `vocabulary`
@@ -389,7 +399,7 @@ def words(
     "Words of a vocabulary, a few often, most seldom."
     return pl.Series(known[(len(known) * rng.random(n) ** 3).astype(int)])
 
-# %% ../nbs/api/16b_speed.ipynb #cell-27-c
+# %% ../nbs/api/16b_speed.ipynb #cell-67
 def phrases(
     rng: np.random.Generator,
     known: np.ndarray,    # from `vocabulary`
@@ -399,7 +409,7 @@ def phrases(
     "Texts of equally many words."
     return pl.select(pl.concat_str([words(rng, known, n) for _ in range(length)], separator=" ")).to_series()
 
-# %% ../nbs/api/16b_speed.ipynb #cell-27-d
+# %% ../nbs/api/16b_speed.ipynb #cell-69
 LOCALES = np.array(["us", "us", "us", "us", "us", "us", "us", "jp", "jp", "es"])    # of row number modulo 10
 
 
@@ -414,7 +424,7 @@ def esci_products(
         "product_bullet_point": "", "product_brand": words(rng, known, products), "product_color": words(rng, known, products),
         "product_locale": LOCALES[np.arange(products) % 10]})
 
-# %% ../nbs/api/16b_speed.ipynb #cell-27-e
+# %% ../nbs/api/16b_speed.ipynb #cell-71
 def esci_examples(
     rng: np.random.Generator,
     known: np.ndarray,    # from `vocabulary`
@@ -432,7 +442,7 @@ def esci_examples(
         "split": np.where(asked % 5 == 0, "test", "train")})
     return table.unique(["query_id", "product_id"], keep="first", maintain_order=True)
 
-# %% ../nbs/api/16b_speed.ipynb #cell-27-f
+# %% ../nbs/api/16b_speed.ipynb #cell-73
 def write_esci(
     folder: str | Path,
     judgments: int = 2_600_000,
@@ -446,7 +456,7 @@ def write_esci(
     catalogue.write_parquet(folder / "shopping_queries_dataset_products.parquet")
     esci_examples(rng, known, catalogue, judgments).write_parquet(folder / "shopping_queries_dataset_examples.parquet")
 
-# %% ../nbs/api/16b_speed.ipynb #cell-27-g
+# %% ../nbs/api/16b_speed.ipynb #cell-75
 def reading_speed(folder: str) -> dict:    # for `apart`
     "Read, check and split a folder."
     started, cpu = time.perf_counter(), time.process_time()
@@ -454,58 +464,59 @@ def reading_speed(folder: str) -> dict:    # for `apart`
     return {"judgments": data.judgments.height, "products": data.products.height, "queries": data.queries.height, "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu, "peak_memory_gb": peak_memory()}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-27-h
+# %% ../nbs/api/16b_speed.ipynb #cell-77
 def data_speed(judgments: int = 2_600_000, products: int = 1_800_000) -> dict:
     "`reading_speed` on a generated folder, in a process of its own."
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-c", f"from mine_refine_nb.speed import write_esci; write_esci({folder!r}, {judgments}, {products})"], check=True)
         return apart(f"reading_speed({folder!r})")
 
-# %% ../nbs/api/16b_speed.ipynb #cell-30
+# %% ../nbs/api/16b_speed.ipynb #cell-80
 def losses_at(products: int, queries: int = 256) -> dict:
     "Seconds of our losses, forward and backward, for a growing batch."
     found = loss_speed(queries, products, rounds=1, memory=False)
     return {"size": queries * products, "seconds": found["supcon, ours: seconds"] + found["circle, ours: seconds"],
             "theirs": found["supcon, pytorch-metric-learning: seconds"] + found["circle, pytorch-metric-learning: seconds"]}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-30-b
+# %% ../nbs/api/16b_speed.ipynb #cell-82
 def mining_at(products: int, queries: int = 500) -> dict:
-    "Seconds of mining over a growing catalogue."
+    "Processor seconds of mining over a growing catalogue."
     found = mining_speed(products, queries)
     return {"size": products, "seconds": queries / found["ours: queries per second"], "theirs": queries / found["sentence-transformers: queries per second"]}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-30-c
+# %% ../nbs/api/16b_speed.ipynb #cell-84
 def evaluation_at(products: int) -> dict:
     "Seconds of an evaluation of 500 queries over a growing catalogue."
     return {"size": products, "seconds": evaluation_speed(500, products)["seconds"]}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-30-d
+# %% ../nbs/api/16b_speed.ipynb #cell-86
 def reading_at(judgments: int) -> dict:
-    "Seconds of reading a growing folder."
-    return {"size": judgments, "seconds": data_speed(judgments, judgments * 9 // 13)["seconds"]}
+    "Processor seconds of reading a growing folder."
+    return {"size": judgments, "seconds": data_speed(judgments, judgments * 9 // 13)["cpu_seconds"]}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-30-e
+# %% ../nbs/api/16b_speed.ipynb #cell-88
 GROWTH = {"losses": [512, 1024, 2048, 4096, 8192], "mining": [5_000, 10_000, 20_000, 40_000], "evaluation": [5_000, 10_000, 20_000, 40_000],
-          "reading": [10_000, 30_000, 100_000, 300_000]}
+          "reading": [10_000, 30_000, 100_000, 300_000, 1_000_000]}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-31
+# %% ../nbs/api/16b_speed.ipynb #cell-90
 def growth(
     sizes: dict[str, list[int]] = GROWTH,    # part -> sizes
 ) -> dict[str, list[dict]]:                  # part -> size, seconds, and theirs where there is a peer
     "Time each part at growing sizes, each in a process of its own."
     return {part: [apart(f"{part}_at({size})") for size in values] for part, values in sizes.items()}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-31-b
+# %% ../nbs/api/16b_speed.ipynb #cell-92
 def slope(rows: list[dict]) -> float:
     "Slope of seconds against size with logarithms on both axes."
     size, seconds = (np.log([row[name] for row in rows]) for name in ("size", "seconds"))
     return float(np.polyfit(size, seconds, 1)[0])
 
-# %% ../nbs/api/16b_speed.ipynb #cell-33
-PARTS = {"training, same part frozen": "training_speed(frozen=0.5)", "training, as it comes": "training_speed(frozen=None)", "losses": "loss_speed()",
-         "losses, large": "loss_speed(2048, 16384, rounds=1)", "mining": "mining_speed()", "evaluation": "evaluation_speed()"}
+# %% ../nbs/api/16b_speed.ipynb #cell-94
+PARTS = {"training, same network": "training_speed(frozen=0.5, alike=True)", "training, same part frozen": "training_speed(frozen=0.5)", "training, as it comes": "training_speed(frozen=None)", "losses": "loss_speed()",
+         "losses, large": "loss_speed(2048, 16384, rounds=1)", "mining": "mining_speed()",
+         "mining, half of the queries with a deep product": "mining_speed(deep=0.5)", "evaluation": "evaluation_speed()"}
 
-# %% ../nbs/api/16b_speed.ipynb #cell-33-b
+# %% ../nbs/api/16b_speed.ipynb #cell-96
 def bench_peers(
     out: str | Path,    # JSON file
     parts: dict[str, str] = PARTS,    # name -> call, each in a process of its own

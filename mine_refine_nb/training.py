@@ -7,11 +7,13 @@ __all__ = ['HARD_WEIGHT', 'OBJECTIVE', 'PRIOR', 'TOLERANCE', 'query_lists', 'is_
            'ListSampler', 'sample_products', 'grade_matrix', 'column_tokens', 'ListCollator', 'score_matrix',
            'note_pull', 'gradient_shares', 'ScoreMatrixLoss', 'validation_sample', 'GradedEvaluator', 'Recipe',
            'freeze', 'training_arguments', 'LossBar', 'ListTrainer', 'quieten', 'training_history', 'blend',
-           'choose_blend', 'keep_blend', 'without_dropout', 'build_trainer', 'train']
+           'choose_blend', 'keep_blend', 'without_dropout', 'written_out', 'build_trainer', 'train']
 
 # %% ../nbs/api/09_training.ipynb #cell-3
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -436,6 +438,21 @@ def without_dropout(model: SentenceTransformer) -> None:
             module.p = 0.0
 
 # %% ../nbs/api/09_training.ipynb #cell-70
+@contextmanager
+def written_out(
+    model: SentenceTransformer,
+) -> Iterator[None]:
+    "Compute attention without the fused kernel while a model trains on a processor."
+    backbone = model[0].model
+    before = backbone.config._attn_implementation
+    if model.device.type == "cpu":
+        backbone.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(before)
+
+# %% ../nbs/api/09_training.ipynb #cell-73
 def build_trainer(
     model: SentenceTransformer,
     data: RelevanceData,
@@ -459,13 +476,13 @@ def build_trainer(
     quieten(trainer, progress)
     return trainer
 
-# %% ../nbs/api/09_training.ipynb #cell-71
+# %% ../nbs/api/09_training.ipynb #cell-75
 def train(
     model: SentenceTransformer,  # trained in place
     data: RelevanceData,  # train and validation splits, catalogue
     losses: dict[str, nn.Module],  # see `ScoreMatrixLoss`
     recipe: Recipe,
-    folder: str | Path,  # checkpoints go to its folder `checkpoints`
+    folder: str | Path,  # checkpoints go to its folder `checkpoints`, which is gone when training has ended
     weights: dict[str, float] | None = None,  # of the losses
     hard: pl.DataFrame | None = None,  # mined pairs, see `query_lists`
     resume: bool = False,  # go on from the newest checkpoint in the folder
@@ -480,10 +497,12 @@ def train(
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     start = evaluator(model) if evaluator else {}
     trainer = build_trainer(model, data, ScoreMatrixLoss(model, losses, weights), recipe, checkpoints, evaluator, hard, progress)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None)
+    with written_out(model):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None)
     log = [{f"eval_{name}": value for name, value in start.items()} | {"step": 0}, *trainer.state.log_history]
     if evaluator:
         found = keep_blend(model, before, start["objective"], evaluator)
         log.append({f"blend {share:g}": value for share, value in found.items()} | {"step": trainer.state.global_step})
     model.requires_grad_(True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return training_history(log)

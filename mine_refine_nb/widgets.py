@@ -385,7 +385,7 @@ STYLE = """
   border: 1px solid var(--jp-border-color1, #b8b8b8);
   border-bottom: 4px solid var(--grade); border-radius: 6px; color: inherit;
   background: var(--jp-layout-color2, #f3f4f6); font: inherit; cursor: pointer; }
-.mr-review button[data-key="s"], .mr-review button[data-key="u"] { flex: 0 1 auto; border-bottom-width: 1px;
+.mr-review button[data-key="s"], .mr-review button[data-key="u"] { flex: 0 1 auto; border-bottom-width: 1px; white-space: nowrap;
   border-color: var(--jp-border-color1, #b8b8b8); }
 .mr-review:has(.mr-end) button:not([data-key="u"]) { opacity: .45; }
 .mr-review button:hover { background: var(--jp-layout-color3, #e6e8eb); }

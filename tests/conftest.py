@@ -1,7 +1,9 @@
-"""What the tests share: the --slow flag, a quiet and offline environment, the tree's paths."""
+"""What the tests share: the --slow and --screenshots flags, a quiet and offline environment, the tree's paths."""
 import os
+import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,12 @@ os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests and notebook cells marked slow")
+    parser.addoption("--screenshots", action="store_true", help="test_lab.py also takes the pictures in nbs/images/ anew")
 
 
 def pytest_collection_modifyitems(config, items):
     # what takes longest first, so that no worker waits for the other at the end
-    items.sort(key=lambda item: 0 if "test_cli" in item.nodeid else 1 if "::test_runs" in item.nodeid else 2)
+    items.sort(key=lambda item: 0 if re.search("test_cli|test_lab", item.nodeid) else 1 if "::test_runs" in item.nodeid else 2)
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
@@ -34,17 +37,28 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def browser():
-    "A headless Chromium: the machine's own, or the one that playwright installed."
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+def chromium():
+    "What starts a headless Chromium, the machine's own or the one that playwright installed; None where there is neither."
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        yield None
+        return
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     path = next(filter(None, map(shutil.which, names)), None)
-    with playwright.sync_playwright() as p:
-        if not path and not Path(p.chromium.executable_path).exists():
-            pytest.skip("no Chromium on this machine: `make browser` installs one")
-        found = p.chromium.launch(executable_path=path, args=FLAGS)
-        yield found
-        found.close()
+    with sync_playwright() as p:
+        there = path or Path(p.chromium.executable_path).exists()
+        yield partial(p.chromium.launch, executable_path=path, args=FLAGS) if there else None
+
+
+@pytest.fixture(scope="session")
+def browser(chromium):
+    "A headless Chromium."
+    if not chromium:
+        pytest.skip("no Chromium, or no playwright, on this machine: `make browser` and `make install` bring them")
+    found = chromium()
+    yield found
+    found.close()
 
 
 class ByFile(LoadScopeScheduling):

@@ -165,6 +165,22 @@ def test_the_card_opens_on_a_judged_query_of_the_test_split(card, shop):
     assert shop.queries.filter(query_id=card.explorer.asked[2])["split"].to_list() == ["test"]
 
 
+def test_the_card_opens_on_the_query_that_is_asked_for(shop, stages):
+    query_id = shop.queries.filter(split="train")["query_id"][3]
+    assert explore(stages, shop, k=2, query_id=query_id).explorer.asked[2] == query_id
+    with pytest.raises(ValueError, match="no query with the query_id 'gone'"):
+        explore(stages, shop, query_id="gone")
+
+
+def test_a_program_keeps_a_still_page_and_a_person_the_live_view_too(card, monkeypatch):
+    shown = card._repr_mimebundle_()[0]
+    assert set(shown) == {"text/plain", "text/html"} and "<datalist></datalist>" in shown["text/html"]
+    assert shown["text/html"].count('class="mr-hit"') == 15 and "data-key=" in shown["text/html"]
+    monkeypatch.setattr(widgets, "somebody_watches", lambda: True)
+    assert widgets.LIVE in card._repr_mimebundle_()[0]
+    assert "<progress" in Monitor()._repr_mimebundle_()[0]["text/html"]
+
+
 def test_a_query_is_answered_quickly(card):
     "What the kernel adds to the models: less than 300 ms, with room for three encoders."
     send(card, do="search", query="radio", locale="en")
@@ -480,7 +496,7 @@ class Clock:
 def test_a_log_keeps_what_is_watched():
     log = TrainingLog(clock=Clock())
     begin(log, 20)
-    take(log, 5, {"loss": 1.5, "grad_norm": 2.0, "learning_rate": 1e-5, "epoch": .1, "eval_auc_2": .7, "eval_ndcg@10": .5, "eval_runtime": 3.0})
+    take(log, 5, {"loss": 1.5, "grad_norm": 2.0, "learning_rate": 1e-5, "epoch": .1, "eval_auc_2": .7, "eval_ndcg@10": .5, "eval_runtime": 3.0, "train_loss": 1.4})
     assert log.history.rows() == [(5, "loss", 1.5), (5, "validation auc_2", .7), (5, "validation ndcg@10", .5)]
     log.clock.now = 10
     assert minutes_left(log) == "about 30 s left"

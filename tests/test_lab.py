@@ -1,4 +1,7 @@
-"""JupyterLab for real: a notebook in a browser, the review card and the explorer used by keys and by button, the files on disk."""
+"""JupyterLab for real: the quickstart and its widgets in a browser, used by keys, buttons and lasso; the files on disk.
+
+`pytest tests/test_lab.py --screenshots` also takes the pictures in nbs/images/ anew.
+"""
 import json
 import os
 import shutil
@@ -9,10 +12,14 @@ import urllib.request
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import polars as pl
 import pytest
 
+from mine_refine_nb.widgets import open_review
+
 ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = ROOT / "nbs" / "tutorials" / "01_quickstart.ipynb"
 TOKEN = "review"
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 SETUP = """
@@ -53,6 +60,32 @@ class Letters:
 stages = {name: Letters(power) for name, power in (("pretrained", 0), ("stage 1", .5), ("stage 2", 1))}
 """
 EXPLORE = "explore(stages, shop, 'grades', 'ana', k=3)"
+MAPS = """
+from mine_refine_nb.encoder import Embeddings
+from mine_refine_nb.explorer import explore_map
+
+
+def vectors(texts, seed):
+    "Triples as numbers: similar letters, similar vectors."
+    counts = np.zeros((len(texts), 512))
+    for row, text in enumerate(texts):
+        for triple in Letters.triples(None, text): counts[row, sum(ord(letter) * 31 ** place for place, letter in enumerate(triple)) % 512] += 1
+    found = counts @ np.random.default_rng(seed).normal(size=(512, 16))
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def embedded(seed):
+    queries, products = shop.queries, shop.products
+    return Embeddings(queries["query_id"].to_list(), vectors(queries["query"], seed), products["product_id"].to_list(), vectors(products["title"], seed))
+
+
+card = explore_map({"one": embedded(0), "two": embedded(1)}, shop)
+card
+"""
+READ_MAP = """
+card.explorer.points.with_columns(x=pl.Series(card.explorer.places["one"][:, 0]), y=pl.Series(card.explorer.places["one"][:, 1])).write_parquet("points.parquet")
+card.explorer.selection.write_parquet("caught.parquet")
+"""
 
 
 def start_lab(folder: Path) -> tuple[subprocess.Popen, dict]:
@@ -88,28 +121,67 @@ def wait_for_lab(lab: subprocess.Popen, folder: Path) -> dict:
     pytest.fail("JupyterLab did not start:\n" + (folder / "lab.log").read_text(errors="replace")[-2000:], pytrace=False)
 
 
-@pytest.fixture
-def lab(browser, tmp_path):
+@pytest.fixture(scope="module")
+def lab(browser, tmp_path_factory):
     "A running JupyterLab: its url and its folder of notebooks. The server ends its kernels when it is told to stop."
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
-    process, server = start_lab(tmp_path)
-    yield server["url"], tmp_path / "work"
+    folder = tmp_path_factory.mktemp("lab")
+    process, server = start_lab(folder)
+    yield server["url"], folder / "work"
     process.terminate()
     try:
         process.wait(20)
     finally:
         process.kill()
-        shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_notebook(browser, url: str, name: str, shows: str = ".mr-review .mr-query"):
-    "Open a notebook, run all its cells, and wait for the card."
-    page = browser.new_page(viewport={"width": 1100, "height": 1000})
-    page.goto(f"{url}lab/tree/{name}?token={TOKEN}&reset", wait_until="load")
+@pytest.fixture
+def camera(request):
+    "Takes a picture for the site, with --screenshots; otherwise it looks away."
+    def shoot(what, name: str) -> None:
+        if not request.config.getoption("--screenshots"):
+            return
+        what.page.set_viewport_size({"width": 1100, "height": 1800})    # so that nothing has to be scrolled
+        what.page.wait_for_function("window.jupyterapp.shell.currentWidget.node.getBoundingClientRect().height > 1500")    # JupyterLab has followed
+        what.screenshot()    # scrolls there, and waits until it stands still
+        box = what.bounding_box()
+        what.page.screenshot(path=ROOT / "nbs" / "images" / f"{name}.png", clip=box | {"height": min(box["height"], 900)}, animations="disabled")
+    return shoot
+
+
+def write_notebook(folder: Path, name: str, *sources: str) -> None:
+    "A notebook of these cells."
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), folder / name)
+
+
+def wait_for_kernel(page) -> None:
+    "Until the notebook is there and its kernel listens."
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
     page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=60_000)
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    page.wait_for_selector(shows, timeout=60_000)
+
+
+def command(page, name: str) -> None:
+    "One of JupyterLab's commands; it is not waited for."
+    page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
+
+
+def tell_kernel(page, code: str) -> None:
+    "Run code in the notebook's kernel, without a cell."
+    page.evaluate("code => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({ code }).done", code)
+
+
+def run_notebook(browser, url: str, name: str, shows: str = ".mr-review .mr-query", seconds: int = 60):
+    "Open a notebook, run all its cells, and wait for the last card, or for an error, which fails the test."
+    page = browser.new_page(viewport={"width": 1100, "height": 1000})
+    page.goto(f"{url}lab/tree/{name}?token={TOKEN}&reset", wait_until="load")
+    wait_for_kernel(page)
+    page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")    # room for the notebook
+    command(page, "notebook:run-all-cells")
+    error = "[data-mime-type='application/vnd.jupyter.error']"
+    page.wait_for_selector(f"{shows}, {error}", timeout=seconds * 1000)
+    assert not page.locator(error).count(), page.locator(error).first.inner_text()
     return page
 
 
@@ -127,8 +199,7 @@ def decided(file: Path) -> list[tuple]:
 @pytest.mark.timeout(180)
 def test_a_queue_is_judged_in_jupyterlab(browser, lab):
     url, work = lab
-    cells = [nbformat.v4.new_code_cell(source) for source in (SETUP, SHOW)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), work / "review.ipynb")
+    write_notebook(work, "review.ipynb", SETUP, SHOW)
     page, file = run_notebook(browser, url, "review.ipynb"), work / "reviews" / "ana.parquet"
     key = lambda name: lambda: page.keyboard.press(name)  # noqa: E731
 
@@ -164,8 +235,7 @@ def test_a_queue_is_judged_in_jupyterlab(browser, lab):
 @pytest.mark.timeout(180)
 def test_stages_are_searched_and_a_result_is_graded_in_jupyterlab(browser, lab):
     url, work = lab
-    cells = [nbformat.v4.new_code_cell(source) for source in (EXPLORER, EXPLORE)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), work / "explore.ipynb")
+    write_notebook(work, "explore.ipynb", EXPLORER, EXPLORE)
     page, file = run_notebook(browser, url, "explore.ipynb", ".mr-explore .mr-hit"), work / "grades" / "ana.parquet"
     box, hits = page.locator(".mr-explore input[name=query]"), page.locator(".mr-column:nth-child(3) .mr-hit")
 
@@ -195,3 +265,160 @@ def test_stages_are_searched_and_a_result_is_graded_in_jupyterlab(browser, lab):
     ask("zapatillas 200")
     given = page.locator(f".mr-hit[data-row='{chosen}'] .mr-given").all_inner_texts()
     assert given and all("2 relevant" in text for text in given)
+
+
+@pytest.fixture(scope="module")
+def explorers(browser, lab):
+    "A page with two search explorers and a map explorer."
+    url, work = lab
+    write_notebook(work, "explorers.ipynb", EXPLORER, "explore(stages, shop, k=1)", "explore(stages, shop.split('test'), k=1)", MAPS)
+    page = run_notebook(browser, url, "explorers.ipynb", ".js-plotly-plot .nsewdrag[data-subplot=xy]")
+    yield page
+    page.close()
+
+
+@pytest.mark.timeout(180)
+def test_two_explorers_on_one_page_keep_their_proposals_apart(explorers):
+    own = "box => box.list === box.form.querySelector('datalist') && box.list.options.length"
+    proposed = [box.evaluate(own) for box in explorers.locator(".mr-explore input[name=query]").all()]
+    assert len(proposed) == 2 and proposed[0] > proposed[1] > 0
+
+
+def inside(polygon: np.ndarray, points: np.ndarray) -> np.ndarray:
+    "Which points lie in a polygon: a ray to the right crosses its sides an odd number of times."
+    found = np.zeros(len(points), dtype=bool)
+    for (x, y), (u, v) in zip(polygon, np.roll(polygon, -1, axis=0)):
+        crossed = (y > points[:, 1]) != (v > points[:, 1])
+        found ^= crossed & (points[:, 0] < (u - x) * (points[:, 1] - y) / (v - y + (v == y)) + x)
+    return found
+
+
+def from_outline(polygon: np.ndarray, points: np.ndarray) -> np.ndarray:
+    "How far points are from the sides of a polygon."
+    sides = [(a, b - a) for a, b in zip(polygon, np.roll(polygon, -1, axis=0))]
+    feet = [a + np.clip((points - a) @ side / (side @ side), 0, 1)[:, None] * side for a, side in sides]
+    return np.min([np.linalg.norm(points - foot, axis=1) for foot in feet], axis=0)
+
+
+def draw(page, corners: list[tuple[float, float]]) -> None:
+    "Draw an outline with the mouse, and close it."
+    page.mouse.move(*corners[0])
+    page.mouse.down()
+    for corner in [*corners[1:], corners[0]]:
+        page.mouse.move(*corner, steps=10)
+    page.mouse.up()
+
+
+@pytest.mark.timeout(180)
+def test_a_lasso_drawn_in_jupyterlab_is_a_frame(explorers, lab):
+    "What lies within the outline is selected, in both maps, and nothing else."
+    page, work = explorers, lab[1]
+    plot, left = page.locator(".js-plotly-plot"), page.locator(".js-plotly-plot .nsewdrag[data-subplot=xy]")
+    plot.scroll_into_view_if_needed()
+    box = left.bounding_box()
+    at = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in ((.45, .2), (.85, .75), (.3, .65))]
+    draw(page, at)
+    page.locator("[aria-label='Map explorer'] h3", has_text="Selected").wait_for(timeout=30_000)
+
+    to_data = "(plot, corners) => corners.map(([x, y]) => [plot._fullLayout.xaxis.p2d(x), plot._fullLayout.yaxis.p2d(y)])"
+    outline, pixel = (np.array(plot.evaluate(to_data, part)) for part in ([(x - box["x"], y - box["y"]) for x, y in at], [(0, 0), (1, 1)]))
+    tell_kernel(page, READ_MAP)
+    points, caught = (pl.read_parquet(work / f"{name}.parquet") for name in ("points", "caught"))
+    places, both = points.select("x", "y").to_numpy(), ["kind", "id"]
+    is_caught = points.join(caught.select(both).with_columns(caught=True), on=both, how="left", maintain_order="left")["caught"].fill_null(False).to_numpy()
+    doubtful = from_outline(outline, places) < 3 * abs(pixel[1] - pixel[0]).max()    # no hand draws finer than three pixels
+    assert (is_caught == inside(outline, places))[~doubtful].all()
+    assert 10 < is_caught.sum() < len(points) / 2 and doubtful.sum() < len(points) / 5
+    bright = plot.evaluate("plot => plot.data.map(trace => trace.selectedpoints?.length ?? 0)")
+    assert bright[:2] == bright[len(bright) // 2:][:2] and sum(bright[:2]) == is_caught.sum(), "both maps light up the same points"
+
+
+# ---- the quickstart
+
+MAP = """
+from mine_refine_nb.explorer import explore_map
+
+there = pl.col("locale") != "ja"    # a machine without Japanese letters would draw boxes
+latin = replace(data, products=data.products.filter(there), judgments=data.judgments.filter(there))
+explore_map({stage: vectors[stage] for stage in ("pretrained", "stage2")}, latin)
+"""
+
+
+def quickstart_for(work: Path) -> int:
+    "Put the quickstart into a folder without its outputs, so that what is seen was made there; the number of its figures."
+    notebook, figures = nbformat.read(QUICKSTART, as_version=4), 0
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            figures += sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in cell.outputs)
+            cell.outputs = []
+    nbformat.write(notebook, work / QUICKSTART.name)
+    return figures
+
+
+def run_cell(page, part: str) -> None:
+    "Run the last cell whose source holds a text."
+    page.evaluate("""part => {
+      const notebook = window.jupyterapp.shell.currentWidget.content;
+      notebook.activeCellIndex = notebook.widgets.findLastIndex(cell => cell.model.type == "code" && cell.model.sharedModel.getSource().includes(part));
+      window.jupyterapp.commands.execute("notebook:run-cell");
+    }""", part)
+
+
+def photograph_map(page, camera) -> None:
+    "Add a cell with the map explorer, look at a query, and take the picture."
+    page.evaluate("""async source => {
+      const notebook = window.jupyterapp.shell.currentWidget.content;
+      notebook.activeCellIndex = notebook.widgets.length - 1;
+      await window.jupyterapp.commands.execute("notebook:insert-cell-below");
+      notebook.activeCell.model.sharedModel.setSource(source);
+    }""", MAP)
+    run_cell(page, "explore_map(")
+    panel = page.locator("[aria-label='Map explorer']")
+    panel.locator("input").fill("running")
+    panel.locator("input").press("Enter")
+    panel.locator(".mr-point").first.click()
+    panel.locator("h3", has_text="pretrained").wait_for()
+    page.locator(".js-plotly-plot .legend").last.wait_for()
+    page.mouse.move(0, 0)
+    camera(page.locator(".jp-OutputArea-output", has=panel), "map_explorer")
+
+
+@pytest.mark.timeout(600)
+def test_the_quickstart_in_jupyterlab(browser, lab, camera, request):
+    "All cells run, all plots are drawn, a query is answered by three stages, a grade is given by key and found again after a reload."
+    url, work = lab
+    figures, home = quickstart_for(work), work / "runs" / "quickstart"
+    page = run_notebook(browser, url, QUICKSTART.name, "[aria-label='Review queue'] .mr-query", seconds=500)
+    page.wait_for_function("n => document.querySelectorAll('.js-plotly-plot:has(.main-svg .trace, .main-svg .bars, .main-svg .point)').length == n",
+                           arg=figures, timeout=60_000)
+
+    explorer, card = page.locator("[aria-label='Search explorer']"), page.locator("[aria-label='Review queue']")
+    camera(explorer, "search_explorer")
+    box = explorer.locator("input[name=query]")
+    explorer.locator("select").select_option("es")
+    box.fill("zapatillas de caminar")
+    box.press("Enter")
+    explorer.locator(".mr-status", has_text="zapatillas de caminar (es)").wait_for(timeout=60_000)
+    assert explorer.locator("h3").evaluate_all("all => all.map(h => h.firstChild.data.trim())") == ["pretrained", "stage1", "stage2"]
+    assert [column.locator(".mr-hit").count() for column in explorer.locator(".mr-column").all()] == [3, 3, 3]
+
+    card.locator(".mr-query").click()
+    page.keyboard.press("2")
+    card.locator(".mr-status", has_text="1 of 12 done").wait_for(timeout=30_000)
+    queue, file = pl.read_parquet(home / "queue.parquet"), home / "reviews" / "me.parquet"
+    said = [(queue["product_id"][0], 2, None)]
+    assert decided(file) == said
+    camera(card, "review_card")
+    if request.config.getoption("--screenshots"):
+        photograph_map(page, camera)
+
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    page.reload(wait_until="load")
+    wait_for_kernel(page)
+    page.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+    card.wait_for(state="detached", timeout=30_000)
+    run_cell(page, "review(")
+    card.locator(".mr-status", has_text="1 of 12 done").wait_for(timeout=60_000)
+    assert decided(file) == said
+    assert open_review(queue, home / "reviews", "me").progress["left"] == 11, "another process finds it too"
+    page.close()

@@ -1,17 +1,19 @@
 "Mining against a slow, independent loop, and the promises of its report."
+import hashlib
 import os
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from mine_refine_nb.data import RelevanceData
 from mine_refine_nb.encoder import Embeddings
 from mine_refine_nb.metrics import top_k
-from mine_refine_nb.mining import (ROWS, Mined, apply_grades, build_index, exact_ranks, mine, recall_against_flat,
-                                   search)
+from mine_refine_nb.mining import (ROWS, Mined, apply_grades, build_index, coarse, exact_ranks, list_catalogue, mine,
+                                   rank_judged, recall_against_flat, search, search_all, shortlist)
 
 TEXT = dict.fromkeys(('product_id', 'title', 'category', 'brand', 'description', 'locale'), pl.String)
 PAIRS = dict.fromkeys(('query_id', 'query', 'product_id', 'grade', 'locale', 'split'), pl.String) | dict(grade=pl.Int8)
@@ -325,7 +327,61 @@ def test_ranks_do_not_depend_on_blocks():
     emb, data = random_case(8, queries=130, products=50, copies=9)
     left, right = np.repeat(np.arange(130), 3), np.random.default_rng(0).integers(0, 50, 390)
     whole, parts = (exact_ranks(emb.queries, emb.products, left, right, block) for block in (8192, 7))
-    assert (whole[1] == parts[1]).all() and (whole[0] == parts[0]).all() and whole[1].max() <= 50
+    assert (whole == parts).all() and whole.max() <= 50
+
+
+def in_full(queries, products, k):
+    "Every score in float64, sorted."
+    steps = np.rint(queries.astype(float) @ products.astype(float).T * 1e6).astype(int)
+    order = np.lexsort((np.broadcast_to(np.arange(len(products)), steps.shape), -steps), axis=1)[:, :k]
+    return order, np.take_along_axis(steps, order, axis=1) / 1e6
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize('size, dim, k', [(5000, 48, 7), (3001, 96, 40), (700, 384, 100), (60, 8, 100), (1, 4, 3)])
+@pytest.mark.parametrize('common', [0, 3])
+def test_the_fast_search_is_the_exact_one(dtype, size, dim, k, common):
+    "Random shops, with copies, and (`common`) as encoders make them: all vectors near each other."
+    rng = np.random.default_rng(size + common)
+    shift = common * rng.normal(size=dim)
+    products, queries = unit(rng.normal(size=(size, dim)) + shift), unit(rng.normal(size=(70, dim)) + shift)
+    products[rng.choice(size, size // 10)] = products[0]
+    queries[:2] = products[0], -products[0]
+    rows, scores = search_all(queries, products, k, dtype)
+    expected, values = in_full(queries, products, k)
+    assert (rows == expected).all() and np.allclose(scores, values, atol=1e-9)
+
+
+def test_fast_scores_rule_out_most_and_never_one_of_the_best():
+    "The doubt is a bound: where every rounding goes against a product, it is still on the list."
+    rng = np.random.default_rng(0)
+    products, queries = unit(rng.normal(size=(20_000, 64))), unit(rng.normal(size=(8, 64)))
+    right, moved = coarse(products, torch.bfloat16)
+    left, turned = coarse(queries, torch.bfloat16)
+    assert np.allclose(moved, np.linalg.norm(products - right.float().numpy(), axis=1), atol=1e-6)
+    found = shortlist((left @ right.T).view(8, 16, -1), turned + 1.01 * moved.max() + 1e-5, 50)
+    for row, best in zip(found, in_full(queries, products, 50)[0]):
+        assert set(best) <= set(row) and len(set(row[row >= 0])) == (row >= 0).sum() < 1000
+
+
+@pytest.mark.parametrize('boundary', [1, 2])
+def test_a_product_below_the_list_is_counted_only_where_its_rank_matters(boundary):
+    emb, data = random_case(14, queries=9, products=200, locales=True)
+    deep, short = (rank_judged(emb, data, list_catalogue(emb, data, depth), boundary) for depth in (200, 5))
+    assert rank_judged(emb, data).equals(deep)
+    high = (pl.col('grade') >= boundary) | (pl.col('rank') <= 5)
+    assert deep.filter(high).equals(short.filter(high)) and deep['score'].equals(short['score'])
+    low = pl.col('grade') < boundary
+    assert deep.filter(low)['rank'].max() > 5 >= short.filter(low)['rank'].max()
+    assert short.filter(~low)['rank'].null_count() == short.filter(~low)['score'].null_count()
+
+
+def test_the_same_rows_forever():
+    "Rows of an earlier version, which searched with FAISS and counted every rank: mining must not change when it becomes faster."
+    emb, data = random_case(15, queries=40, products=600, dim=24, per=12, copies=20, locales=True)
+    rows = mine(emb, data, depth=60, window=(2, 40), margin=.5, per_query=8, boundaries=(1, 2)).rows
+    text = rows.select('query_id', 'product_id', 'kind', 'rank').write_csv()
+    assert (len(rows), rows['rank'].max(), hashlib.sha1(text.encode()).hexdigest()[:16]) == (552, 583, 'd096297b5df460b6')
 
 
 @pytest.mark.parametrize('change,message', [

@@ -776,6 +776,45 @@ def test_the_shell_asks_an_endpoint_once(serve, tmp_path):
     assert len(server.seen) == 3 and shell(*asked).returncode == 0 and len(server.seen) == 3
 
 
+def test_a_run_asks_an_endpoint_within_one_limit(serve, tmp_path):
+    """A model that knows the truth: measured, then believed; measuring and grading share what may be spent, and the run's record
+    holds neither key nor price."""
+    from mine_refine_nb.encoder import Embeddings
+    from mine_refine_nb.market import build_market, true_grades
+    from mine_refine_nb.pipeline import Request, open_run, request_data, run_annotator, run_mining
+    market, shop = build_market(240, 60, seed=0), request_data(Request("market", "smoke"))
+    asked = shop.queries.select("query_id", "query", "locale").join(shop.products.select("product_id", "title", "locale"), on="locale")
+    truth = dict(zip(asked.select("query", "title").iter_rows(), true_grades(market, asked)))
+    def knows(body, nth):
+        pair = json.loads(body["messages"][-1]["content"])
+        right = truth[pair["query"], pair["title"]]
+        return 200, reply(scored({str(g): 0.8 if g == right else 0.1 for g in range(3)}))
+    server = serve(knows)
+    request = Request("market", "smoke", annotator="judge", endpoint=server.url, price="1000,0", limit=10_000)    # 0.4 an answer
+    run = open_run(tmp_path / "run", request, progress=False)
+    rng, unit = np.random.default_rng(0), lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    made = [unit(rng.normal(size=(n, 16))).astype(np.float32) for n in (run.data.queries.height, run.data.products.height)]
+    run.vectors |= dict.fromkeys(("pretrained", "stage1"), Embeddings(run.data.queries["query_id"].to_list(), made[0], run.data.products["product_id"].to_list(), made[1]))
+    run_annotator(run)
+    found = json.loads((run.folder / "annotator.json").read_text())
+    assert found["agreement"][0]["accuracy"] == 1 and found["confidence"] is not None and found["spent"] == pytest.approx(0.4 * len(server.seen))
+    run.request = Request("market", "smoke", annotator="judge", endpoint=server.url, price="1000,0", limit=found["spent"] + 4.1)
+    before = len(server.seen)
+    run_mining(run)
+    mined = pl.read_parquet(run.folder / "mined.parquet").filter(pl.col("source").str.contains("judge"))
+    assert len(server.seen) - before == 10 == mined.height
+    assert KEY not in (run.folder / "run.json").read_text() and "1000,0" not in (run.folder / "run.json").read_text()
+    assert open_run(run.folder, run.request, resume=True, progress=False).request.limit == run.request.limit    # a new limit is no new run
+
+
+def test_a_run_without_a_key_stops_before_any_work(tmp_path, monkeypatch):
+    from mine_refine_nb.pipeline import Request, open_run
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(ValueError, match="set the environment variable OPENAI_API_KEY"):
+        open_run(tmp_path / "run", Request("market", "smoke", annotator="judge", endpoint="http://127.0.0.1:9/v1"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_shell_says_what_is_wrong_with_an_endpoint(serve, tmp_path):
     server = serve(ok)
     pl.DataFrame({"query": ["mouse"], "title": ["Wireless mouse"]}).write_csv(tmp_path / "pairs.csv")

@@ -3,6 +3,7 @@ import json
 from functools import partial
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from mine_refine_nb import speed
 from mine_refine_nb.data import load_data
 from mine_refine_nb.losses import circle_loss, in_blocks, supcon_loss
 from mine_refine_nb.market import simulate
-from mine_refine_nb.speed import LOSSES, bench_peers, evaluation_speed, grade_of, in_turns, list_training, long_lists, loss_batch, mining_data, mining_speed, ratio, slope, write_esci
+from mine_refine_nb.speed import LOSSES, bench_peers, evaluation_speed, grade_of, in_turns, list_training, long_lists, loss_batch, mining_data, mining_speed, ratio, slope, training_side, write_esci
 
 
 def test_sides_take_turns():
@@ -59,8 +60,34 @@ def test_each_query_owns_its_products():
 
 
 def test_miners_find_the_same():
-    found = mining_speed(1500, 60, dim=24)
+    found = mining_speed(1500, 60, dim=24, rounds=1)
     assert found["recall of theirs in ours"] > 0.999 and found["times faster"] > 0
+
+
+def test_both_miners_find_the_same_where_some_products_lie_deep():
+    found = mining_speed(1500, 60, dim=24, rounds=1, deep=0.5)
+    assert found["recall of theirs in ours"] > 0.999
+
+
+def test_deep_products_are_judged_and_far_from_their_query():
+    data, emb = mining_data(3000, 40, 64, deep=0.5)
+    assert data.judgments.select("query_id", "product_id").is_unique().all() and data.judgments.height == 160
+    at = {product: row for row, product in enumerate(emb.product_ids)}
+    last = data.judgments.group_by("query_id", maintain_order=True).agg(pl.col("product_id").last())["product_id"]
+    scores = (emb.queries * emb.products[[at[product] for product in last]]).sum(1)
+    assert scores[:20].max() < scores[20:].min()
+
+
+def test_the_clock_can_be_chosen():
+    ticks = iter(range(100))
+    assert in_turns({"a": lambda: None, "b": lambda: None}, rounds=2, clock=lambda: next(ticks)) == {"a": [1, 1], "b": [1, 1]}
+
+
+def test_alike_sides_differ_in_nothing_but_their_batches():
+    peer, same, ours = training_side("CoSENT", "all-MiniLM-L6-v2", 0.5, 16), training_side("CoSENT", "all-MiniLM-L6-v2", 0.5, 16, alike=True), training_side("ours", "all-MiniLM-L6-v2", 0.5, 16)
+    def state(model): return (model[0].model.config._attn_implementation, {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)},
+                              [weight.requires_grad for weight in model.parameters()])
+    assert state(same) == state(ours) and state(peer)[2] == state(ours)[2] and state(peer)[:2] != state(ours)[:2]
 
 
 def test_made_up_judgments_name_made_up_products():

@@ -22,8 +22,8 @@ from mine_refine_nb.mining import mine
 from mine_refine_nb.stage1 import train_stage1
 from mine_refine_nb.stage2 import level_centers, train_stage2, with_mined
 from mine_refine_nb.encoder import embed
-from mine_refine_nb.training import (ListCollator, ListSampler, Recipe, ScoreMatrixLoss, gradient_shares, is_rich, note_pull, query_lists,
-                                     sample_products, train)
+from mine_refine_nb.training import (ListCollator, ListSampler, Recipe, ScoreMatrixLoss, freeze, gradient_shares, is_rich, note_pull, query_lists,
+                                     sample_products, train, without_dropout, written_out)
 
 TINY = Recipe(steps=6, queries=4, products=4, evaluate_every=3, learning_rate=2e-4, max_length=32)
 
@@ -112,6 +112,27 @@ def test_scores_in_the_trainer_are_the_cosines_of_the_encoder(market, model, lis
     assert np.allclose(seen["scores"].numpy(), expected, atol=1e-4)
 
 
+def test_attention_written_out_is_the_same_attention(market, model, lists):
+    "Same loss and same gradients, with texts of different lengths in a batch; and the model is left as it was."
+    without_dropout(model)
+    freeze(model)
+    batch = ListCollator(model, product_text(market.products).to_list(), products=4, chunks=2)([lists[i] for i in range(4)])
+    features = [{k[len(n) + 1:]: v for k, v in batch.items() if k.startswith(f"{n}_")} for n in ("query", "product0", "product1")]
+    assert not features[1]["attention_mask"].all()
+    def gradients():
+        model.zero_grad()
+        value = ScoreMatrixLoss(model, {"contrast": LabelAwareSupConLoss(unjudged="negative")})(features, batch["label"])["contrast"]
+        value.backward()
+        return value.item(), torch.cat([weight.grad.ravel() for weight in model.parameters() if weight.grad is not None])
+    before = model[0].model.config._attn_implementation
+    value, gradient = gradients()
+    with written_out(model):
+        assert model[0].model.config._attn_implementation == "eager"
+        other, same = gradients()
+    assert model[0].model.config._attn_implementation == before != "eager"
+    assert other == pytest.approx(value, abs=1e-5) and torch.allclose(gradient, same, atol=1e-5 * gradient.abs().max().item() + 1e-7, rtol=1e-3)
+
+
 def test_gradient_shares_are_those_of_the_score_matrix():
     scores, labels = torch.zeros(1, 4, requires_grad=True), torch.tensor([[2, 1, 0, -1]])
     pull = Counter()
@@ -138,6 +159,7 @@ def test_training_lowers_the_loss_and_reports_by_part(market, model, tmp_path):
     assert np.mean(curve[-4:]) < np.mean(curve[:4])
     assert history.filter(pl.col("name") == "validation objective")["step"].to_list() == [0, 10, 20]
     assert all(weight.requires_grad for weight in model.parameters() if weight.is_floating_point())
+    assert not list(tmp_path.iterdir()), "a gigabyte of checkpoints is left behind"
 
 
 def test_a_step_that_does_not_help_is_not_kept(market, model, tmp_path):
@@ -167,9 +189,10 @@ def test_a_killed_training_resumes_to_the_same_weights(market, tmp_path, monkeyp
     monkeypatch.setattr(training, "quieten", lambda trainer, progress: (quieten(trainer, progress), trainer.add_callback(Stop())))
     with pytest.raises(KeyboardInterrupt):
         one(tmp_path / "killed")
+    assert list((tmp_path / "killed" / "checkpoints").iterdir())
     monkeypatch.setattr(training, "quieten", quieten)
     resumed, again = one(tmp_path / "killed", resume=True)
-    assert np.allclose(straight, resumed, atol=1e-4)
+    assert np.allclose(straight, resumed, atol=1e-4) and not (tmp_path / "killed" / "checkpoints").exists()
     loss = pl.col("name") == "loss"
     assert np.allclose(history.filter(loss)["value"], again.filter(loss)["value"], atol=1e-3)
 

@@ -1,4 +1,5 @@
 """The review queue: the file says what the state says, whatever is done; the card: nothing but text comes from the data."""
+import json
 import re
 import signal
 import subprocess
@@ -7,6 +8,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -379,6 +381,30 @@ def test_the_end_bears_a_broken_file_of_somebody_else(tmp_path):
 
 def test_an_empty_queue_says_so(tmp_path):
     assert "nothing to review" in review(queue_of([]), tmp_path, "ana").view["card"]
+
+
+def test_a_program_keeps_a_still_page_and_a_person_the_live_card_too(tmp_path, monkeypatch):
+    card = review(queue_of([0, 1]), tmp_path, "ana")
+    shown = card._repr_mimebundle_()[0]
+    assert set(shown) == {"text/plain", "text/html"} and "title 0" in shown["text/html"] and shown["text/plain"] == "ReviewCard(ana, 2 of 2 pairs left)"
+    send(card, "1")
+    monkeypatch.setattr(widgets, "somebody_watches", lambda: True)
+    shown = card._repr_mimebundle_()[0]
+    assert shown[widgets.LIVE]["model_id"] == card.model_id and "title 1" in shown["text/html"]
+
+
+@pytest.mark.parametrize("there, watched", [(None, False), (SimpleNamespace(), False), (SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=False)), False),
+                                            (SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=True)), True)])
+def test_who_can_be_asked_is_there(monkeypatch, there, watched):
+    monkeypatch.setattr(widgets, "get_ipython", lambda: there)
+    assert widgets.somebody_watches() is watched
+
+
+def test_no_notebook_holds_the_name_of_a_live_widget():
+    "JupyterLab saves it, and no page can draw it."
+    cells = [(path.name, cell) for path in (ROOT / "nbs").rglob("[0-9a-z]*.ipynb") for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    holds = {name for name, cell in cells for output in cell.get("outputs", []) if widgets.LIVE in output.get("data", {})}
+    assert not holds, f"{holds} hold live widgets; run them with `jupyter nbconvert --execute --inplace`, which keeps still pages"
 
 
 def test_the_frame_has_a_button_for_each_key_and_the_guideline(tmp_path):
