@@ -144,7 +144,10 @@ def camera(request):
             return
         what.page.set_viewport_size({"width": 1100, "height": 1800})    # so that nothing has to be scrolled
         what.page.wait_for_function("window.jupyterapp.shell.currentWidget.node.getBoundingClientRect().height > 1500")    # JupyterLab has followed
-        what.screenshot()    # scrolls there, and waits until it stands still
+        what.screenshot()    # draws what the notebook had left out so far, and waits until it stands still
+        handle = what.element_handle()
+        what.page.wait_for_function("""e => { const was = e.top; e.scrollIntoView({block: 'center'}); e.top = e.getBoundingClientRect().top;
+            return was == e.top && e.top >= 0 && e.top + Math.min(e.offsetHeight, 900) < innerHeight - 40; }""", arg=handle, polling=500)
         box = what.bounding_box()
         what.page.screenshot(path=ROOT / "nbs" / "images" / f"{name}.png", clip=box | {"height": min(box["height"], 900)}, animations="disabled")
     return shoot
