@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PIECE', 'LETTERS', 'FIRST', 'BESIDE', 'FLICK', 'HIRAGANA', 'KATAKANA', 'FLICKS', 'KEYS', 'SOUNDS', 'EARLY', 'SOUND',
            'BARE', 'LARGE', 'STARTS_NO_WORD', 'SYLLABLES', 'SMALL', 'HALF', 'READINGS', 'WRITTEN', 'OPERATORS', 'FITS',
-           'WHOLE', 'BRANDED', 'TRIES', 'MISSPELLED', 'PLAIN', 'PROVENANCE', 'MODES', 'FACTS', 'COLOURS', 'MATERIALS',
-           'UNITS', 'SIZE', 'ORDER', 'SYNTHETIC', 'triples', 'triple_overlap', 'kind_of', 'cut_piece', 'cut',
-           'known_brands', 'cut_brand_off', 'kinds_of', 'place', 'neighbours', 'keyboard', 'transpose', 'omit',
-           'double', 'split', 'join', 'sounds_of', 'phonetic', 'accent', 'script', 'one_of_them', 'long_mark',
-           'small_kana', 'romaji', 'width', 'reading', 'typing_language', 'Spelling', 'check_spelling', 'Draft',
-           'draft_query', 'guard_spaces', 'shares_of', 'slip', 'misspell_draft', 'Plain', 'form_of', 'forms_of',
-           'copies_of', 'misspell', 'Augmented', 'without_leaks', 'augment_spelling', 'judge_copies', 'sample_queries',
-           'spelling_speed', 'title_thing', 'product_facts', 'write_template', 'exchange', 'trainable',
-           'template_queries', 'value_pool', 'write_one', 'keeps_product', 'round_trip', 'augment_synthetic']
+           'WHOLE', 'BRANDED', 'TRIES', 'MISSPELLED', 'PROVENANCE', 'MODES', 'FACTS', 'COLOURS', 'MATERIALS', 'UNITS',
+           'SIZE', 'ORDER', 'SYNTHETIC', 'triples', 'triple_overlap', 'kind_of', 'cut_piece', 'cut', 'known_brands',
+           'cut_brand_off', 'kinds_of', 'place', 'neighbours', 'keyboard', 'transpose', 'omit', 'double', 'split',
+           'join', 'sounds_of', 'phonetic', 'accent', 'script', 'one_of_them', 'long_mark', 'small_kana', 'romaji',
+           'width', 'reading', 'typing_language', 'Spelling', 'check_spelling', 'Draft', 'draft_query', 'guard_spaces',
+           'shares_of', 'slip', 'misspell_draft', 'forms_of', 'copies_of', 'misspell', 'Augmented', 'without_leaks',
+           'augment_spelling', 'judge_copies', 'sample_queries', 'spelling_speed', 'title_thing', 'product_facts',
+           'write_template', 'exchange', 'trainable', 'template_queries', 'value_pool', 'write_one', 'keeps_product',
+           'round_trip', 'augment_synthetic']
 
 # %% ../nbs/api/05_augment.ipynb #cell-3
 import re
@@ -30,7 +30,7 @@ from zlib import crc32
 import numpy as np
 import polars as pl
 
-from .data import Note, RelevanceData, candidates, find_leaks, normalise_query, plain, query_ids
+from .data import Note, RelevanceData, candidates, find_leaks, normalise_query, query_ids
 from .judging import language_of
 
 # %% ../nbs/api/05_augment.ipynb #cell-6
@@ -458,24 +458,10 @@ def misspell_draft(
 MISSPELLED = dict(row=pl.UInt32, source=pl.String, text=pl.String, operators=pl.String)
 
 # %% ../nbs/api/05_augment.ipynb #cell-78
-class Plain(dict):
-    "For `str.translate`: what `data.plain` makes of a character, looked up once."
-    def __missing__(self, code: int) -> str: return self.setdefault(code, plain(chr(code)))
-
-
-PLAIN = Plain()
-
-
-def form_of(text: str) -> str:
-    "What `normalise_query` returns, sooner: a million times over it counts."
-    folded = text.lower() if text.isascii() else unicodedata.normalize('NFKC', text).casefold()
-    return ' '.join(folded.translate(PLAIN).split()) or normalise_query(text)
-
-
 def forms_of(texts: Iterable[str]) -> set[str]:
     "Texts and their normal forms."
     texts = {*texts}
-    return texts | {*map(form_of, texts)}
+    return texts | {*map(normalise_query, texts)}
 
 # %% ../nbs/api/05_augment.ipynb #cell-80
 def copies_of(
@@ -490,7 +476,7 @@ def copies_of(
         for _ in range(TRIES):
             made, names = misspell_draft(draft, settings, shares, language, rng)
             if not names or made in taken: continue
-            form = form_of(made)
+            form = normalise_query(made)
             if not form or form in taken and form != own: continue
             taken.update((made, form))
             copies.append((made, names))
@@ -506,7 +492,7 @@ def misspell(
     brands: Iterable[str | None] = (),              # to be handled with care
 ) -> pl.DataFrame:  # row (place in texts), source, text, operators (joined by +), in the order of the texts
     "Misspell queries as people do."
-    known, forms, shares, rng = known_brands(brands), [*map(form_of, texts)], {}, Random()
+    known, forms, shares, rng = known_brands(brands), [*map(normalise_query, texts)], {}, Random()
     taken = {*texts, *forms} | forms_of(avoid)
     rows, made, operators = [], [], []    # columns: a million small tuples would keep the garbage collector busy
     for row, (text, locale) in enumerate(zip(texts, locales if locales is not None else [None] * len(texts), strict=True)):

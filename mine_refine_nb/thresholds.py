@@ -17,15 +17,14 @@ from sklearn.metrics import roc_curve
 
 from .data import RelevanceData
 from .grades import UNJUDGED, Grade
-from .market import volume_band
+from .slices import query_bands
 
 # %% auto #0
 __all__ = ['BOUNDARIES', 'KINDS', 'BEARING', 'REPORT', 'query_weights', 'finite_scores', 'judged_rows', 'Calibrator',
            'json_lists', 'as_tuples', 'grade_probabilities', 'fit_logistic', 'fit_isotonic', 'fit_calibrator',
            'calibrate_pairs', 'boundary_reliability', 'precision_at', 'cut_table', 'Wish', 'Cut', 'choose_cut',
-           'Thresholds', 'choose_thresholds', 'shift_prevalence', 'known_volume', 'query_bands', 'parts_of',
-           'query_sums', 'cut_rates', 'bootstrap_sums', 'check_part', 'check_thresholds', 'same_pairs', 'redraw',
-           'shift_draws', 'threshold_shift']
+           'Thresholds', 'choose_thresholds', 'shift_prevalence', 'known_volume', 'parts_of', 'query_sums', 'cut_rates',
+           'bootstrap_sums', 'check_part', 'check_thresholds', 'same_pairs', 'redraw', 'shift_draws', 'threshold_shift']
 
 # %% ../nbs/api/12b_thresholds.ipynb #cell-7
 BOUNDARIES = tuple(int(g) for g in Grade if g)    # the lowest grade of the upper side of each boundary
@@ -325,14 +324,6 @@ def known_volume(
     if data.engagement is None: return None
     seen = data.engagement.group_by('query_id', 'locale', maintain_order=True)
     return seen.agg(volume=pl.col('impressions').sum().cast(pl.Float64))
-
-# %% ../nbs/api/12b_thresholds.ipynb #cell-63
-def query_bands(
-    volume: pl.DataFrame,    # query_id, locale, volume in any unit: of all queries of the shop, not of one split
-) -> pl.DataFrame:           # query_id, band: head, torso or tail of its locale's searches
-    "The part of the traffic that each query belongs to."
-    shares = volume.with_columns(volume=pl.col('volume') / pl.col('volume').sum().over('locale'))
-    return shares.select('query_id', band=volume_band(shares))
 
 # %% ../nbs/api/12b_thresholds.ipynb #cell-66
 def parts_of(

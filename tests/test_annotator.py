@@ -149,6 +149,20 @@ def test_it_learns_and_comes_back_from_its_folder(tiny, tmp_path, rank):
     assert (folder / "weights" / "adapter_config.json").exists() == (rank > 0)
 
 
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_trained_annotator_is_a_model_to_start_from(tiny, tmp_path, rank):
+    folder, further, test = tmp_path / "warm", tmp_path / "further", lesson(90, 3)
+    recipe = replace(RECIPE, rank=rank, learning_rate=2e-2 if rank else 1e-2)
+    warm = train_annotator(lesson(240, 1), lesson(48, 2), folder, tiny, recipe=recipe, progress=False)
+    model, _ = load_llm(folder)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    said = replace(load_annotator(folder), model=model, prefixes={}).judge(test).select(PROBABILITIES).to_numpy()
+    assert said == pytest.approx(warm.judge(test).select(PROBABILITIES).to_numpy(), abs=0.02)
+    train_annotator(lesson(32, 4), lesson(48, 2), further, folder, recipe=replace(recipe, epochs=1, learning_rate=1e-6), progress=False)
+    right = (load_annotator(further).judge(test).select(pl.concat_list(PROBABILITIES).list.arg_max())["p0"] == test["grade"]).mean()
+    assert right > 0.9    # what it knew, through two folders
+
+
 def test_a_stopped_training_goes_on_to_the_same_end(tiny, tmp_path, monkeypatch):
     recipe = replace(RECIPE, epochs=2)
     whole = train_annotator(lesson(96, 1), lesson(32, 2), tmp_path / "whole", tiny, recipe=recipe, progress=False)

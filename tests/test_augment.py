@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 from mine_refine_nb import augment
 from mine_refine_nb.augment import (BARE, FACTS, FITS, KEYS, OPERATORS, PROVENANCE, STARTS_NO_WORD, SYNTHETIC, Spelling, augment_spelling, augment_synthetic,
-                                    cut, exchange, form_of, keeps_product, kind_of, known_brands, misspell, product_facts, romaji, typing_language,
+                                    cut, exchange, keeps_product, kind_of, known_brands, misspell, product_facts, romaji, typing_language,
                                     round_trip, sample_queries, spelling_speed, template_queries, trainable, triple_overlap, width, write_template)
 from mine_refine_nb.data import find_leaks, make_data, normalise_query
 from mine_refine_nb.augmenting import (ARMS, HELD_OUT, KINDS, Arm, augmented, augmentation_arms, both_twins, fitting_recipe, mined_for_copies, slip_once,
@@ -68,11 +68,6 @@ def written(shop):
 def test_pieces_are_the_text(text):
     assert "".join(cut(text)) == text
     assert all(kind_of(piece) in {"space", "kana", "kanji", "latin", "accented", "other", "kept"} for piece in cut(text))
-
-
-@given(st.text(max_size=40))
-def test_quick_form_is_the_normal_form(text):
-    assert form_of(text) == normalise_query(text)
 
 
 def test_kinds():

@@ -126,7 +126,7 @@ def test_volume_comes_from_the_best_source(market, shop):
 
 
 def test_bands_are_thirds_of_the_traffic(market, shop):
-    bands, _ = query_bands(shop, market.intents)
+    bands = query_bands(query_volume(shop, market.intents)[0])
     assert bands["query_id"].to_list() == shop.queries["query_id"].to_list()
     volume = bands.join(market.intents, on="query_id")
     assert volume.group_by("band").agg(pl.col("volume").mean()).sort("volume")["band"].to_list() == ["tail", "torso", "head"]

@@ -8,9 +8,10 @@ import pytest
 from scipy.special import expit
 
 from mine_refine_nb.data import make_data
+from mine_refine_nb.slices import query_bands
 from mine_refine_nb.thresholds import (
     KINDS, Calibrator, Thresholds, Wish, boundary_reliability, calibrate_pairs, check_thresholds, choose_cut,
-    choose_thresholds, cut_table, fit_calibrator, known_volume, query_bands, query_weights, shift_prevalence,
+    choose_thresholds, cut_table, fit_calibrator, known_volume, query_weights, shift_prevalence,
     threshold_shift)
 
 
