@@ -237,11 +237,12 @@ def bench(
     if kind is BenchKind.audit: print_table(bench_audit(out, range(seeds)), "mistakes found by review, medians over the markets")
     elif kind is BenchKind.speed: print_table(bench_speed(out, pairs, rows=rows, peers=peers), "speed and memory")
     else:
-        from mine_refine_nb.contest import CONTESTS, Contest, bench_quality
+        from mine_refine_nb.contest import CONTESTS, bench_quality
 
         if data is None:
             raise ValueError("quality is measured on data: give a folder in the ESCI layout, or `market`")
-        print_table(bench_quality(data, out, folds=range(folds), seeds=range(seeds), contests=[Contest("market")] if data == "market" else CONTESTS), "against our recipe")
+        contests = [one for one in CONTESTS if data != "market" or one.dataset == "market"]
+        print_table(bench_quality(data, out, folds=range(folds), seeds=range(seeds), contests=contests), "against our recipe")
     OUT.print(f"written to {out}", soft_wrap=True)
 
 # %% ../nbs/api/19_cli.ipynb #cell-22
