@@ -16,7 +16,7 @@ import polars as pl
 
 from .data import RelevanceData, candidates, normalise_query, product_text
 from .encoder import Embeddings, with_similarity
-from .grades import UNJUDGED, Grade
+from .grades import UNJUDGED
 from .metrics import Evaluation, compare, evaluate_run, search_catalogue
 from .thresholds import Calibrator, calibrate_pairs
 

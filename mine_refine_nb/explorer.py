@@ -26,7 +26,6 @@ from traitlets import Bool, Dict, Unicode
 from .data import RelevanceData, query_ids
 from .encoder import Embeddings
 from .grades import DEFAULT_GUIDELINE, UNJUDGED, Grade, Guideline
-from .judging import language_of
 from .machine import write_whole
 from .plots import GRADE_COLORS, GRADE_NAMES, GRADE_SYMBOLS, INK, LINE_COLORS, TEMPLATE, figure_text
 from .widgets import (NEEDED, STYLE, ReviewQueue, check_decisions, check_queue, decide, decisions_of, grade_chip, latest,

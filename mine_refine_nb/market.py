@@ -13,7 +13,6 @@ __all__ = ['LOCALES', 'TYPES', 'NAMES', 'WORDS', 'KINDS', 'BRANDS', 'FEATURES', 
 # %% ../nbs/api/02_market.ipynb #cell-3
 import re
 import tempfile
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

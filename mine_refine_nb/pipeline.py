@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 from rich.console import Console
 from sentence_transformers import SentenceTransformer

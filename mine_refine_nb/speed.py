@@ -35,9 +35,8 @@ from sentence_transformers.sentence_transformer.losses import CoSENTLoss, Multip
 from sentence_transformers.util import mine_hard_negatives
 from torch import nn
 
-from .data import RelevanceData, load_data, make_data, product_text, split_queries
+from .data import RelevanceData, load_data, product_text
 from .encoder import Embeddings, load_backbone
-from .grades import UNJUDGED
 from .losses import LabelAwareSupConLoss, circle_loss, in_blocks, supcon_loss
 from .machine import fast_dtype, write_json
 from .market import simulate

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import RelevanceData, candidates, product_text
+from .data import RelevanceData, product_text
 from .encoder import embed
 from .grades import UNJUDGED, Grade
 from .machine import fast_dtype

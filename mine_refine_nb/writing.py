@@ -15,7 +15,7 @@ import re
 from asyncio import Semaphore, TaskGroup
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,7 @@ import polars as pl
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .annotator import PACKAGED_LLM, load_llm
+from .annotator import PACKAGED_LLM
 from .augment import SYNTHETIC, forms_of, product_facts, round_trip, typing_language, without_leaks
 from .data import RelevanceData, normalise_query
 from .judging import Annotator, annotate, as_data, pairs_of

@@ -59,6 +59,14 @@ def test_room_imports_only_rooms_above(module):
     assert found <= set(above), f"{module} ({rooms()[module]}) imports {sorted(found - set(above))}, which do not stand above it"
 
 
+@pytest.mark.parametrize("module", rooms())
+def test_room_uses_what_it_imports(module):
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    names = {(a.asname or a.name).split(".")[0] for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    idle = {name for name in names - {"annotations"} if len(re.findall(rf"\b{name}\b", source)) < 2}
+    assert not idle, f"{rooms()[module]} imports {sorted(idle)} and does not use it; what only an example needs is imported beside the example"
+
+
 def test_every_module_has_a_notebook():
     strays = {p.stem for p in PACKAGE.glob("*.py")} - set(rooms()) - {"__init__", "_modidx"}
     assert not strays, f"modules without a notebook: {sorted(strays)}"
