@@ -36,7 +36,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .data import DataError
 from .grades import Grade, Guideline, guideline_from_dict
-from .judging import (ABOUT, Calibration, Prompt, calibration_from_dict, check_pairs, check_place, fit_calibration,
+from .judging import (ABOUT, PROBABILITIES, Calibration, Prompt, annotate, calibration_from_dict, check_pairs, check_place, fit_calibration,
                                     judged_rows, language_of, read_about, similarity_deciles)
 from .machine import fast_dtype, give_back_memory, write_json, write_whole
 
@@ -331,15 +331,16 @@ def trainer_settings(
     device: torch.device,
     progress: bool,    # show a bar
 ) -> TrainingArguments:
-    "The trainer's settings for a recipe: the epoch with the least validation loss is kept."
+    "The trainer's settings for a recipe: of several epochs, the one with the least validation loss is kept."
+    choice = dict(eval_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
     return TrainingArguments(
         output_dir=str(folder), num_train_epochs=recipe.epochs, per_device_train_batch_size=recipe.batch,
         per_device_eval_batch_size=2 * recipe.batch, learning_rate=recipe.learning_rate, lr_scheduler_type="linear",
         warmup_steps=0.05, max_grad_norm=1.0, bf16=fast_dtype(device) == torch.bfloat16, use_cpu=device.type == "cpu",
         seed=recipe.seed, train_sampling_strategy="group_by_length", length_column_name="length",
-        remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True, eval_strategy="epoch",
-        save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
-        greater_is_better=False, report_to="none", disable_tqdm=not progress, logging_steps=10, dataloader_pin_memory=False)
+        remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True, save_strategy="epoch",
+        save_total_limit=2, report_to="none", disable_tqdm=not progress, logging_steps=10, dataloader_pin_memory=False,
+        **(choice if recipe.epochs > 1 else {}))
 
 # %% ../nbs/api/03_annotator.ipynb #cell-45
 def check_graded(
@@ -391,8 +392,8 @@ def train_annotator(
     annotator.model = trainable(annotator.model, recipe)
     checkpoints = Path(folder).with_name(f"{Path(folder).name}.training")
     fit(annotator, train, validation, recipe, checkpoints, resume, progress)
-    said = annotator.judge(validation).select("p0", "p1", "p2").to_numpy()
-    annotator.calibration = fit_calibration(said, validation["grade"], "temperature")
+    said = annotate(annotator, validation).with_columns(truth=validation["grade"]).drop_nulls("p0")    # batch by batch: memory
+    annotator.calibration = fit_calibration(said.select(PROBABILITIES).to_numpy(), said["truth"], "temperature")
     annotator.save(folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return annotator

@@ -69,7 +69,7 @@ def scale(
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-9
 TINY = {"steps": 4, "queries": 4, "products": 4, "evaluate_every": 2}
-FULL = {"freeze_embeddings": False, "freeze_layers": 0.0, "max_length": 128, "queries": 32, "products": 16}
+FULL = {"freeze_embeddings": False, "freeze_layers": 0.0, "max_length": 128, "queries": 128}
 UPPER = {"rank": 0, "learning_rate": 1e-4, "description": 240}    # all weights of a language model's upper layers
 PRESETS = {
     "smoke": Preset(replace(STAGE1, **TINY), replace(STAGE2, **TINY), AnnotatorRecipe(epochs=1),

@@ -29,7 +29,7 @@ def fitting_temperature(
     return round(float(share * scores.std()), 4)
 
 # %% ../nbs/api/10_stage1.ipynb #cell-10
-STAGE1 = Recipe(steps=40, queries=16, products=8, rich_share=0.5, learning_rate=1e-5, evaluate_every=20)
+STAGE1 = Recipe()
 
 
 def stage1_losses(

@@ -45,8 +45,8 @@ def with_mined(
     return replace(data, judgments=pl.concat([data.judgments, new.cast(dict(data.judgments.schema))]))
 
 # %% ../nbs/api/12_stage2.ipynb #cell-12
-STAGE2 = Recipe(steps=40, queries=16, products=8, rich_share=0.5, learning_rate=1e-5, evaluate_every=20)
-CIRCLE_WEIGHT = 0.05
+STAGE2 = Recipe()
+CIRCLE_WEIGHT = 0.3
 
 
 def stage2_losses(

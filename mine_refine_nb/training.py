@@ -293,10 +293,10 @@ class Recipe:
     "Settings of one training run."
 
     steps: int = 40  # batches
-    queries: int = 16  # per batch
-    products: int = 8  # most judged products per query
-    rich_share: float = 0.5  # of a batch reserved for queries with long, mixed lists
-    learning_rate: float = 1e-5  # peak, after a tenth of the steps; then falls linearly to zero
+    queries: int = 64  # per batch
+    products: int = 2  # most judged products per query
+    rich_share: float = 0.35  # of a batch reserved for queries with long, mixed lists
+    learning_rate: float = 2e-5  # peak, after a tenth of the steps; then falls linearly to zero
     evaluate_every: int = 20  # steps between validations (and checkpoints)
     patience: int = 3  # validations without improvement before stopping
     freeze_embeddings: bool = True  # keep the word embeddings as they are
