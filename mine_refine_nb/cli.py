@@ -52,7 +52,8 @@ def print_table(
     "A table on the terminal; numbers with four digits."
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", overflow="fold")
+        text = isinstance(rows[0][name], str)
+        table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
     for row in rows:
         table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
     OUT.print(table)
@@ -125,7 +126,8 @@ def train_annotator(
     from mine_refine_nb.pipeline import Request, train_and_measure
 
     found = train_and_measure(kind.value, Request(data, preset.value, backbone, None, layout, seed), out, base, resume)
-    print_table(found["agreement"], "agreement with people on test pairs")
+    shown = ("annotator", "pairs", "accuracy", "within_one", "kappa", "alpha")    # all of it in quality.json
+    print_table([{name: row[name] for name in shown} for row in found["agreement"]], "agreement with people on test pairs")
     OUT.print(f"labels with a confidence of {found['confidence']} or more reach {found['wanted accuracy']:.0%} on validation"
               if found["confidence"] else f"not good enough to label mined pairs: kappa {found['kappa on validation']:.2f} on validation", soft_wrap=True)
     OUT.print(f"annotator: {out}", soft_wrap=True)
