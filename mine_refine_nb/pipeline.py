@@ -7,7 +7,7 @@ __all__ = ['TINY', 'FULL', 'UPPER', 'PRESETS', 'ANNOTATORS', 'ROWS_OF_EVALUATION
            'scale', 'check_annotator', 'Request', 'cut_corner', 'request_data', 'save_evaluation', 'load_evaluation',
            'Run', 'open_run', 'load_stage', 'stage_vectors', 'measure_slices', 'keep_index', 'measure', 'evaluations',
            'save_training', 'training_data', 'run_stage1', 'run_stage2', 'run_judge', 'run_annotator', 'run_mining',
-           'threshold_table', 'compare_stages', 'write_results', 'run_pipeline', 'results_table', 'trained_annotator',
+           'threshold_table', 'compare_stages', 'write_results', 'run_pipeline', 'results_table', 'kept_annotator',
            'train_and_measure', 'reopen_run', 'production_test']
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-3
@@ -437,22 +437,18 @@ def results_table(
     return pl.DataFrame({"metric": metrics} | {stage: [one.values[name] for name in metrics] for stage, one in tested.items()})
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-61-b
-def trained_annotator(
+def kept_annotator(
     folder: Path,
     wanted: dict,  # the settings, as JSON can hold them
-    train: Callable[[], Annotator],  # saves into the folder
-) -> Annotator:
-    "The folder's annotator, trained now unless it is there; raises ValueError if it was trained otherwise."
+) -> Annotator | None:  # None where there is none yet
+    "The annotator that a folder holds; raises ValueError if it was trained with other settings."
     memory = folder / "settings.json"
-    if (folder / ABOUT).exists():
-        before = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
-        differing = [name for name in wanted if before.get(name) != wanted[name]]
-        if differing:
-            raise ValueError(f"{folder} holds an annotator with other settings ({', '.join(differing)} differ): choose another --out")
-        return open_annotator(folder)
-    annotator = train()
-    write_json(memory, wanted)
-    return annotator
+    if not (folder / ABOUT).exists(): return None
+    before = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
+    differing = [name for name in wanted if before.get(name) != wanted[name]]
+    if differing:
+        raise ValueError(f"{folder} holds an annotator with other settings ({', '.join(differing)} differ): choose another --out")
+    return open_annotator(folder)
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-62
 def train_and_measure(
@@ -467,12 +463,14 @@ def train_and_measure(
     if (folder / ABOUT).exists() and not resume:
         raise ValueError(f"{folder} already holds an annotator: add --resume to go on with it, or choose another --out")
     data, model, preset = request_data(request), load_backbone(request.backbone), PRESETS[request.preset]
-    model.max_seq_length = preset.stage1.max_length
-    hints = embed(model, data, progress=progress)
     recipe = replace(getattr(preset, kind), seed=request.seed)
     wanted = dict(kind=kind, base=base, backbone=request.backbone, data=data.fingerprint, pairs=preset.pairs, recipe=json.loads(json.dumps(asdict(recipe))))
-    annotator = trained_annotator(folder, wanted, lambda: fit_annotator(
-        data, hints, folder, recipe, request.backbone, base, preset.pairs, resume, progress))
+    annotator = kept_annotator(folder, wanted)
+    model.max_seq_length = preset.stage1.max_length
+    hints = embed(model, data, progress=progress)
+    if annotator is None:
+        annotator = fit_annotator(data, hints, folder, recipe, request.backbone, base, preset.pairs, resume, progress)
+        write_json(folder / "settings.json", wanted)
     others = [LocalAnnotator(*load_llm(base), name=f"{Path(base).name} zero-shot", base=base)] if kind == "llm" else []
     found = annotator_quality([annotator, *others], data, hints, (request.backbone, hints), folder / "labels.db", request.seed, progress)
     write_json(folder / "quality.json", found)
