@@ -113,7 +113,7 @@ def list_training(
 ) -> tuple[Callable[[], object], int]:    # the work, judged pairs that enter its losses
     "Our way, ready to run."
     lists = query_lists(judged, data.products)
-    collator = ListCollator(model, product_text(data.products).to_list(), products, chunks=8)
+    collator = ListCollator(model, product_text(data.products).to_list(), products)
     sampler = partial(ListSampler, steps=steps, rich_share=1.0)
     loss = ScoreMatrixLoss(model, {"contrast": LabelAwareSupConLoss(unjudged="negative")})
     pairs = sum(int((collator([lists[row] for row in batch])["label"] >= 0).sum()) for batch in sampler(lists, queries))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HARD_WEIGHT', 'OBJECTIVE', 'PRIOR', 'TOLERANCE', 'query_lists', 'is_rich', 'endless', 'batch_shares', 'distinct',
-           'ListSampler', 'sample_products', 'grade_matrix', 'column_tokens', 'ListCollator', 'score_matrix',
-           'note_pull', 'gradient_shares', 'ScoreMatrixLoss', 'validation_sample', 'GradedEvaluator', 'Recipe',
-           'freeze', 'training_arguments', 'LossBar', 'ListTrainer', 'quieten', 'training_history', 'blend',
+           'ListSampler', 'sample_products', 'grade_matrix', 'column_tokens', 'length_chunks', 'ListCollator',
+           'score_matrix', 'note_pull', 'gradient_shares', 'ScoreMatrixLoss', 'validation_sample', 'GradedEvaluator',
+           'Recipe', 'freeze', 'training_arguments', 'LossBar', 'ListTrainer', 'quieten', 'training_history', 'blend',
            'choose_blend', 'keep_blend', 'without_dropout', 'written_out', 'build_trainer', 'train']
 
 # %% ../nbs/api/09_training.ipynb #cell-3
@@ -161,13 +161,23 @@ def grade_matrix(
 # %% ../nbs/api/09_training.ipynb #cell-30
 def column_tokens(
     model: SentenceTransformer,  # tokenises, with its own prompts
-    name: str,  # of the text column
     texts: list[str],
     side: str,  # `query` or `document`
-) -> dict[str, torch.Tensor]:  # `<name>_input_ids` and so on, as the trainer names them
+) -> dict[str, torch.Tensor]:  # `input_ids`, `attention_mask` and so on, [texts, tokens]
     "Tokens of one text column, padded to its longest text."
     features = model.preprocess(texts, prompt=model.prompts.get(side) or None, task=side)
-    return {f"{name}_{key}": value for key, value in features.items() if isinstance(value, torch.Tensor)}
+    return {key: value for key, value in features.items() if isinstance(value, torch.Tensor)}
+
+# %% ../nbs/api/09_training.ipynb #n32
+def length_chunks(
+    tokens: dict[str, torch.Tensor],  # from `column_tokens`
+    chunks: int,  # how many; fewer where there are fewer texts
+) -> tuple[list[int], list[dict[str, torch.Tensor]]]:  # the order of the texts, shortest first; the tokens of each chunk
+    "Sort texts by their number of tokens and divide them, each part without the padding that none of it needs."
+    mask = tokens["attention_mask"].bool()
+    order = mask.sum(1).argsort(stable=True)
+    parts = [(rows, mask[rows].any(0)) for rows in order.tensor_split(min(chunks, len(order)))]
+    return order.tolist(), [{key: value[rows][:, used] for key, value in tokens.items()} for rows, used in parts]
 
 # %% ../nbs/api/09_training.ipynb #cell-31
 @dataclass
@@ -177,7 +187,7 @@ class ListCollator:
     model: SentenceTransformer
     texts: list[str]  # product texts, by row number
     products: int = 8  # most judged products of one query
-    chunks: int = 4  # length-sorted groups of products
+    chunks: int = 4  # groups of products of like length
     seed: int = 0
     valid_label_columns: tuple[str, ...] = ("label",)  # the trainer asks for it
 
@@ -186,11 +196,11 @@ class ListCollator:
         # seeded by the batch itself, so that resumed and repeated runs take the same products
         rng = np.random.default_rng([self.seed, *(row["products"][0] for row in rows), len(rows)])
         taken = [sample_products(row, self.products, rng) for row in rows]
-        columns = sorted(set().union(*taken), key=lambda product: (len(self.texts[product]), product))
-        batch = column_tokens(self.model, "query", [row["query"] for row in rows], "query")
-        for number, part in enumerate(np.array_split(columns, min(self.chunks, len(columns)))):
-            batch |= column_tokens(self.model, f"product{number}", [self.texts[product] for product in part], "document")
-        return batch | {"label": grade_matrix(rows, columns)}
+        columns = sorted(set().union(*taken))
+        order, parts = length_chunks(column_tokens(self.model, [self.texts[product] for product in columns], "document"), self.chunks)
+        named = {"query": column_tokens(self.model, [row["query"] for row in rows], "query")} | {f"product{number}": part for number, part in enumerate(parts)}
+        batch = {f"{name}_{key}": value for name, part in named.items() for key, value in part.items()}
+        return batch | {"label": grade_matrix(rows, [columns[place] for place in order])}
 
 # %% ../nbs/api/09_training.ipynb #cell-35
 def score_matrix(

@@ -107,7 +107,9 @@ def test_scores_in_the_trainer_are_the_cosines_of_the_encoder(market, model, lis
     names = ["query"] + [f"product{i}" for i in range(4)]
     features = [{k[len(n) + 1:]: v for k, v in batch.items() if k.startswith(f"{n}_")} for n in names]
     ScoreMatrixLoss(model, {"keep": Keep()})(features, batch["label"])
-    columns = sorted({p for r in rows for p in sample_rows(r, rows)}, key=lambda p: (len(texts[p]), p))
+    tokens = {p: len(model.tokenizer(texts[p])["input_ids"]) for r in rows for p in sample_rows(r, rows)}
+    columns = sorted(tokens, key=lambda p: (tokens[p], p))
+    assert [batch[f"product{i}_attention_mask"].shape[1] for i in range(4)] == [max(tokens[p] for p in part) for part in np.array_split(columns, 4)]
     expected = model.encode_query([r["query"] for r in rows]) @ model.encode_document([texts[p] for p in columns]).T
     assert np.allclose(seen["scores"].numpy(), expected, atol=1e-4)
 
