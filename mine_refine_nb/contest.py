@@ -7,10 +7,10 @@ __all__ = ['TERMS', 'WIDE', 'ARMS', 'KINDS', 'FUSION', 'ROOM', 'CONTESTS', 'fold
            'train_pairs', 'text_pairs', 'as_rows', 'train_mnrl', 'train_graded', 'train_mnrl_hard', 'train_mnrl_cosent',
            'ClassLabelLoss', 'train_classes', 'texts_per_batch', 'CountingCollator', 'train_lists', 'train_stage1_only',
            'refined_losses', 'train_two_stages', 'mine_dropped', 'mine_as_zero', 'mine_annotated', 'trained_weights',
-           'fresh', 'train_arm', 'best_rate', 'fold_vectors', 'validation_pairs', 'with_thresholds', 'measure_arm',
-           'rebuild', 'save_part', 'part_name', 'run_part', 'Contest', 'only_locale', 'contest_data', 'bench_quality',
-           'one_scale', 'union', 'f1_statistic', 'f1_rows', 'verdicts', 'plain', 'f1_values', 'arm_folders', 'main_arm',
-           'common', 'arm_evaluations', 'spent', 'write_results']
+           'fresh', 'train_arm', 'best_rate', 'fold_vectors', 'validation_pairs', 'with_thresholds', 'best_blend',
+           'measure_arm', 'rebuild', 'save_part', 'part_name', 'run_part', 'Contest', 'only_locale', 'contest_data',
+           'bench_quality', 'one_scale', 'union', 'f1_statistic', 'f1_rows', 'verdicts', 'plain', 'f1_values',
+           'arm_folders', 'main_arm', 'common', 'arm_evaluations', 'spent', 'write_results']
 
 # %% ../nbs/api/16c_contest.ipynb #cell-3
 import json
@@ -31,7 +31,7 @@ from sentence_transformers.util import mine_hard_negatives
 from torch import nn
 
 from .annotating import WANTED, fit_annotator, open_annotator
-from .blending import Blend, WordIndex, evaluate_scores, pool
+from .blending import Blend, WordIndex, evaluate_scores, fit_blend, pool
 from .cross_encoder import CrossRecipe
 from .data import RelevanceData, load_data, order_groups, product_text, query_groups, split_queries
 from .encoder import DEFAULT_BACKBONE, Embeddings, encode, load_backbone, with_similarity
@@ -44,7 +44,7 @@ from .mining import Mined, apply_grades, mine, relabel
 from .slices import misspelled_twin
 from .stage1 import fitting_temperature, stage1_losses
 from .stage2 import CIRCLE_WEIGHT, level_centers, stage2_losses, with_mined
-from .training import (GradedEvaluator, ListCollator, ListSampler, ListTrainer, ScoreMatrixLoss, blend, freeze, query_lists, quieten,
+from .training import (OBJECTIVE, GradedEvaluator, ListCollator, ListSampler, ListTrainer, ScoreMatrixLoss, blend, freeze, query_lists, quieten,
                        validation_sample, without_dropout, written_out)
 
 # %% ../nbs/api/16c_contest.ipynb #cell-5
@@ -385,22 +385,34 @@ def with_thresholds(
 KINDS = ("clean", "misspelled")
 FUSION = Blend("ranks", 0.5)    # reciprocal rank fusion
 
+# %% ../nbs/api/16c_contest.ipynb #bb2
+def best_blend(
+    rows: pl.DataFrame,     # pool of the validation queries
+    data: RelevanceData,    # one fold
+) -> Blend:
+    "The calibrated blend of encoder and BM25 with the best objective on validation."
+    tried = fit_blend(rows, data)[1].with_columns(objective=pl.mean_horizontal(OBJECTIVE))
+    return fit_blend(rows, data, weights=(tried.sort("objective", maintain_order=True)["weight"][-1],))[0]
+
 # %% ../nbs/api/16c_contest.ipynb #cell-36-b
 def measure_arm(
     model: SentenceTransformer,
     data: RelevanceData,    # one fold
-) -> dict[str, Evaluation]:    # kind, `BM25, <kind>` and `hybrid, <kind>`
+) -> dict[str, Evaluation]:    # kind, and `BM25`, `hybrid` and `blend` with `, <kind>`
     "All evaluations of an encoder on the test queries."
     products, ids, out = encode(model, product_text(data.products).to_list(), "document"), data.products["product_id"].to_list(), {}
     def asking(queries: pl.DataFrame) -> Embeddings:
         return Embeddings(queries["query_id"].to_list(), encode(model, queries["query"].to_list(), "query"), ids, products)
-    validation = judged_pairs(asking(data.split("validation").queries), data.split("validation"))
+    known = asking(data.split("validation").queries)
+    learn = pool(known, WordIndex(data), "validation")
+    mix = best_blend(learn, data)
+    validation = judged_pairs(known, data.split("validation")), evaluate_scores(learn, mix.scores(learn), data, "validation").pairs
     for kind, asked in zip(KINDS, (data.split("test"), misspelled_twin(data, "test").data)):
         emb = asking(asked.queries)
-        one = evaluate(emb, asked, "test")
         rows = pool(emb, WordIndex(asked), "test")
-        out |= {kind: replace(one, pairs=with_thresholds(one.pairs, validation)), f"BM25, {kind}": evaluate_scores(rows, rows["words"], asked, found=("words_rank",)),
-                f"hybrid, {kind}": evaluate_scores(rows, FUSION.scores(rows), asked)}
+        both = {kind: evaluate(emb, asked, "test"), f"blend, {kind}": evaluate_scores(rows, mix.scores(rows), asked)}
+        out |= {name: replace(one, pairs=with_thresholds(one.pairs, pairs)) for (name, one), pairs in zip(both.items(), validation)}
+        out |= {f"BM25, {kind}": evaluate_scores(rows, rows["words"], asked, found=("words_rank",)), f"hybrid, {kind}": evaluate_scores(rows, FUSION.scores(rows), asked)}
     return out
 
 # %% ../nbs/api/16c_contest.ipynb #cell-38
@@ -524,7 +536,7 @@ def one_scale(pairs: pl.DataFrame) -> pl.DataFrame:
 # %% ../nbs/api/16c_contest.ipynb #cell-46-b
 def union(
     folders: Sequence[Path],    # parts of one arm: folds, seeds
-    kind: str,                  # 'clean', 'misspelled', or one of the fused ones
+    kind: str,                  # 'clean', 'misspelled', or one of the others of `measure_arm`
 ) -> Evaluation:
     "The evaluation of an arm over all its folds and seeds."
     per_query = pl.concat([pl.read_parquet(folder / f"{kind} queries.parquet") for folder in folders])
@@ -611,7 +623,9 @@ def arm_evaluations(folders: dict[str, list[Path]], kind: str) -> dict[str, Eval
     "Every arm's union, BM25 and the fusions among them."
     out = {arm: union(some, kind) for arm, some in folders.items()}
     if "pretrained" in folders: out["BM25"] = union(folders["pretrained"], f"BM25, {kind}")
-    return out | {f"hybrid of {arm}": union(some, f"hybrid, {kind}") for arm, some in folders.items() if arm == "pretrained" or arm.startswith("ours")}
+    out |= {f"hybrid of {arm}": union(some, f"hybrid, {kind}") for arm, some in folders.items() if arm == "pretrained" or arm.startswith("ours")}
+    blended = {arm: some for arm, some in folders.items() if all((folder / f"blend, {kind} pairs.parquet").exists() for folder in some)}
+    return out | {f"blend of {arm}": union(some, f"blend, {kind}") for arm, some in blended.items()}
 
 # %% ../nbs/api/16c_contest.ipynb #cell-53-b
 def spent(folders: Sequence[Path]) -> dict:    # medians over folds and seeds
@@ -633,7 +647,8 @@ def write_results(
         for kind in KINDS:
             arms = arm_evaluations(folders, kind)
             here[kind] = dict(values={arm: one.values | one.counts | f1_values(one) for arm, one in arms.items()},
-                              verdicts=verdicts(arms, ours, n).to_dicts() if ours else [])
+                              verdicts=verdicts(arms, ours, n).to_dicts() if ours else [],
+                              blended=verdicts(arms, f"blend of {ours}", n).to_dicts() if f"blend of {ours}" in arms else [])
         found[dataset] = here | dict(ours=ours, cost={arm: spent(some) for arm, some in folders.items()}, parts={arm: len(some) for arm, some in folders.items()})
     write_json(out, plain(found))
     return [dict(dataset=dataset, kind=kind, **row) for dataset, here in found.items() for kind in KINDS for row in here[kind]["verdicts"]]

@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import f1_score
 
 from mine_refine_nb import contest
-from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_folders, bench_quality, best_rate, common, f1_statistic, fold_data, fold_of, main_arm, one_scale,
+from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, bench_quality, best_blend, best_rate, common, f1_statistic, fold_data, fold_of, main_arm, one_scale,
                                     part_name, rebuild, save_part, train_arm, union, verdicts, with_thresholds, write_results)
 from mine_refine_nb.data import query_groups
 from mine_refine_nb.market import simulate
@@ -32,11 +32,11 @@ def vectors(data, seed):
     return Embeddings(data.queries["query_id"].to_list(), rows[0], data.products["product_id"].to_list(), rows[1])
 
 
-def fake_part(parts, data, arm, fold, seed, objective=0.5):
+def fake_part(parts, data, arm, fold, seed, objective=0.5, blended=False):
     part = fold_data(data, fold, 2).split("test")
     one = evaluate(vectors(part, seed), part, "test")
     found = {f"{side}{kind}": one for kind in contest.KINDS for side in ("BM25, ", "hybrid, ")}
-    found |= {kind: replace(one, pairs=with_thresholds(one.pairs, one.pairs)) for kind in contest.KINDS}
+    found |= {f"{side}{kind}": replace(one, pairs=with_thresholds(one.pairs, one.pairs)) for kind in contest.KINDS for side in ("", "blend, ")[:1 + blended]}
     return save_part(parts / part_name("market", arm, fold, 0), found, dict(seconds=1.0, texts=10, pairs=20, rate=1e-5, objective=objective, arm=arm))
 
 
@@ -203,3 +203,33 @@ def test_an_unfinished_fold_waits(parts, market, tmp_path):
     shutil.copytree(parts / part_name("market", "pretrained", 0, 0), tmp_path / "q.parts" / part_name("market", "pretrained", 2, 0))    # a fold in which ours has not run yet
     found = common(arm_folders(tmp_path / "q.parts")["market"])
     assert {len(folders) for folders in found.values()} == {2} and set(found) == {"pretrained", "MNRL", "ours, stage 1"}
+
+
+def test_the_blend_is_the_best_of_validation_by_all_three(market, monkeypatch):
+    data = fold_data(market, 0)
+    tried = pl.DataFrame({"weight": [0.0, 0.5, 1.0], "ndcg@10": [0.9, 0.6, 0.5], "auc_2": [0.5, 0.9, 0.5], "auc_1": [0.5, 0.8, 0.5]})
+    monkeypatch.setattr(contest, "fit_blend", lambda rows, data, weights=None: (weights, tried))
+    assert best_blend(None, data) == (0.5,)    # NDCG@10 alone would take 0
+
+
+def test_blends_are_measured_by_thresholds_of_validation_and_not_of_test(market, monkeypatch):
+    data, asked = fold_data(market, 0), []
+    real = contest.with_thresholds
+    monkeypatch.setattr(contest, "with_thresholds", lambda pairs, validation: asked.append(set(validation["query_id"])) or real(pairs, validation))
+    monkeypatch.setattr(contest, "encode", lambda model, texts, side: vectors(data, len(texts)).queries[np.arange(len(texts)) % len(data.queries)])
+    found = contest.measure_arm(None, data)
+    assert set(found) == {f"{side}{kind}" for kind in contest.KINDS for side in ("", "blend, ", "BM25, ", "hybrid, ")}
+    validation = set(data.split("validation").queries["query_id"])
+    assert len(asked) == 4 and all(queries == validation for queries in asked)
+    assert {name for name, one in found.items() if "above_2" in one.pairs.columns} == {"clean", "misspelled", "blend, clean", "blend, misspelled"}
+
+
+def test_a_blend_is_an_arm_where_every_fold_has_it(market, tmp_path):
+    for arm, blended in (("pretrained", (True, True)), ("MNRL", (True, False)), ("ours, stage 1", (True, True))):
+        for fold in (0, 1): fake_part(tmp_path / "q.parts", market, arm, fold, fold, blended=blended[fold])
+    arms = arm_evaluations(common(arm_folders(tmp_path / "q.parts")["market"]), "clean")
+    assert {name for name in arms if name.startswith("blend")} == {"blend of pretrained", "blend of ours, stage 1"}
+    write_results(tmp_path / "q.parts", tmp_path / "q.json", n=20)
+    found = json.loads((tmp_path / "q.json").read_text())["market"]["clean"]
+    assert {row["other"] for row in found["blended"]} == set(arms) - {"blend of ours, stage 1"}
+    assert "global_f1_2" in found["values"]["blend of pretrained"]
