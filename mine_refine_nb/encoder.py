@@ -7,7 +7,7 @@ __all__ = ['HEADER', 'HEADER_FIELDS', 'SILENT', 'SPACES', 'TILDE', 'STAND_IN', '
            'E5_PROMPTS', 'DEFAULT_BACKBONE', 'FAMILY_PROMPTS', 'PACKAGED', 'read_header', 'read_vocabulary',
            'build_tokenizer', 'dequantise', 'read_tensors', 'bert_name', 'build_bert', 'load_packaged_e5',
            'principal_directions', 'add_heads', 'load_packaged_minilm', 'check_backbone', 'load_backbone', 'Embeddings',
-           'encode', 'embed', 'with_similarity']
+           'tokens_of', 'length_batches', 'encode', 'embed', 'with_similarity']
 
 # %% ../nbs/api/07_encoder.ipynb #cell-3
 import struct
@@ -24,6 +24,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from .data import RelevanceData, product_text
@@ -249,20 +250,46 @@ class Embeddings:
     def __repr__(self) -> str:
         return f"Embeddings({len(self.query_ids):,} queries x {len(self.product_ids):,} products, {self.products.shape[1]} dimensions)"
 
+# %% ../nbs/api/07_encoder.ipynb #tk2
+def tokens_of(
+    model: SentenceTransformer,  # tokenises, with its own prompts
+    texts: list[str],
+    side: str,  # `query` or `document`
+) -> dict[str, torch.Tensor]:  # `input_ids`, `attention_mask` and so on, [texts, tokens]
+    "Tokens of some texts, cut at the model's `max_seq_length` and padded to the longest."
+    features = model.preprocess(texts, prompt=model.prompts.get(side) or None, task=side)
+    return {key: value for key, value in features.items() if isinstance(value, torch.Tensor)}
+
+# %% ../nbs/api/07_encoder.ipynb #tk4
+def length_batches(
+    model: SentenceTransformer,
+    texts: list[str],
+    side: str,  # `query` or `document`
+    size: int = 64,  # texts of a batch
+) -> list[np.ndarray]:  # row numbers of each batch, longest texts first
+    "Batches of texts with like numbers of tokens."
+    order = np.arange(len(texts))
+    if len(texts) > size:
+        blocks = (tokens_of(model, texts[at : at + 1024], side)["attention_mask"].sum(1) for at in range(0, len(texts), 1024))
+        order = torch.cat(list(blocks)).argsort(descending=True, stable=True).numpy()
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
 # %% ../nbs/api/07_encoder.ipynb #cell-53
 def encode(
     model: SentenceTransformer,
     texts: list[str],
     side: str,  # `query` or `document`: decides prefix and head
-    batch_size: int = 64,  # texts at a time, sorted by length
+    batch_size: int = 64,  # texts at a time, of like length
     progress: bool = False,  # show a bar
 ) -> np.ndarray:  # float32 [texts, dim], unit rows
     "Vectors of texts, in bfloat16 arithmetic where that is fast."
-    one_side = model.encode_query if side == "query" else model.encode_document
-    dtype = fast_dtype(model.device)
+    one_side, dtype = model.encode_query if side == "query" else model.encode_document, fast_dtype(model.device)
+    vectors = np.empty((len(texts), model.get_embedding_dimension()), dtype=np.float32)
     with torch.autocast(model.device.type, dtype) if dtype else nullcontext():
-        vectors = one_side(texts, batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True)
-    return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
+        for rows in tqdm(length_batches(model, texts, side, batch_size), disable=not progress, desc="encoding"):
+            part = one_side([texts[row] for row in rows], batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True)
+            vectors[rows] = torch.nn.functional.normalize(part.float(), dim=-1).cpu().numpy()
+    return vectors
 
 # %% ../nbs/api/07_encoder.ipynb #cell-55
 def embed(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HARD_WEIGHT', 'OBJECTIVE', 'PRIOR', 'TOLERANCE', 'query_lists', 'is_rich', 'endless', 'batch_shares', 'distinct',
-           'ListSampler', 'sample_products', 'grade_matrix', 'column_tokens', 'length_chunks', 'ListCollator',
-           'score_matrix', 'note_pull', 'gradient_shares', 'ScoreMatrixLoss', 'validation_sample', 'GradedEvaluator',
-           'Recipe', 'freeze', 'training_arguments', 'LossBar', 'ListTrainer', 'quieten', 'training_history', 'blend',
+           'ListSampler', 'sample_products', 'grade_matrix', 'length_chunks', 'ListCollator', 'score_matrix',
+           'note_pull', 'gradient_shares', 'ScoreMatrixLoss', 'validation_sample', 'GradedEvaluator', 'Recipe',
+           'freeze', 'training_arguments', 'LossBar', 'ListTrainer', 'quieten', 'training_history', 'blend',
            'choose_blend', 'keep_blend', 'without_dropout', 'written_out', 'build_trainer', 'train']
 
 # %% ../nbs/api/09_training.ipynb #cell-3
@@ -30,7 +30,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import RelevanceData, product_text
-from .encoder import embed
+from .encoder import embed, tokens_of
 from .grades import UNJUDGED, Grade
 from .machine import fast_dtype
 from .metrics import evaluate
@@ -158,19 +158,9 @@ def grade_matrix(
                 matrix[query, place[product]] = grade
     return matrix
 
-# %% ../nbs/api/09_training.ipynb #cell-30
-def column_tokens(
-    model: SentenceTransformer,  # tokenises, with its own prompts
-    texts: list[str],
-    side: str,  # `query` or `document`
-) -> dict[str, torch.Tensor]:  # `input_ids`, `attention_mask` and so on, [texts, tokens]
-    "Tokens of one text column, padded to its longest text."
-    features = model.preprocess(texts, prompt=model.prompts.get(side) or None, task=side)
-    return {key: value for key, value in features.items() if isinstance(value, torch.Tensor)}
-
 # %% ../nbs/api/09_training.ipynb #n32
 def length_chunks(
-    tokens: dict[str, torch.Tensor],  # from `column_tokens`
+    tokens: dict[str, torch.Tensor],  # from `tokens_of`
     chunks: int,  # how many; fewer where there are fewer texts
 ) -> tuple[list[int], list[dict[str, torch.Tensor]]]:  # the order of the texts, shortest first; the tokens of each chunk
     "Sort texts by their number of tokens and divide them, each part without the padding that none of it needs."
@@ -197,8 +187,8 @@ class ListCollator:
         rng = np.random.default_rng([self.seed, *(row["products"][0] for row in rows), len(rows)])
         taken = [sample_products(row, self.products, rng) for row in rows]
         columns = sorted(set().union(*taken))
-        order, parts = length_chunks(column_tokens(self.model, [self.texts[product] for product in columns], "document"), self.chunks)
-        named = {"query": column_tokens(self.model, [row["query"] for row in rows], "query")} | {f"product{number}": part for number, part in enumerate(parts)}
+        order, parts = length_chunks(tokens_of(self.model, [self.texts[product] for product in columns], "document"), self.chunks)
+        named = {"query": tokens_of(self.model, [row["query"] for row in rows], "query")} | {f"product{number}": part for number, part in enumerate(parts)}
         batch = {f"{name}_{key}": value for name, part in named.items() for key, value in part.items()}
         return batch | {"label": grade_matrix(rows, [columns[place] for place in order])}
 
