@@ -10,7 +10,7 @@ __all__ = ['TERMS', 'WIDE', 'ARMS', 'KINDS', 'FUSION', 'ROOM', 'CONTESTS', 'fold
            'fresh', 'train_arm', 'best_rate', 'fold_vectors', 'validation_pairs', 'with_thresholds', 'best_blend',
            'measure_arm', 'rebuild', 'save_part', 'part_name', 'run_part', 'Contest', 'only_locale', 'contest_data',
            'bench_quality', 'one_scale', 'union', 'f1_statistic', 'f1_rows', 'verdicts', 'plain', 'f1_values',
-           'arm_folders', 'main_arm', 'common', 'arm_evaluations', 'spent', 'write_results']
+           'arm_folders', 'main_arm', 'common', 'arm_evaluations', 'spent', 'without', 'write_results']
 
 # %% ../nbs/api/16c_contest.ipynb #cell-3
 import json
@@ -633,6 +633,11 @@ def spent(folders: Sequence[Path]) -> dict:    # medians over folds and seeds
     numbers = [json.loads((folder / "numbers.json").read_text(encoding="utf-8")) for folder in folders]
     return pl.DataFrame([{key: one.get(key) for key in ("seconds", "cpu_seconds", "texts", "pairs", "rate", "objective")} for one in numbers]).median().to_dicts()[0]
 
+# %% ../nbs/api/16c_contest.ipynb #wo2
+def without(arms: dict[str, Evaluation], fusion: str) -> dict[str, Evaluation]:
+    "The arms that are no `hybrid` or `blend` of an encoder."
+    return {name: one for name, one in arms.items() if not name.startswith(f"{fusion} of")}
+
 # %% ../nbs/api/16c_contest.ipynb #cell-53-c
 def write_results(
     parts: Path,
@@ -647,8 +652,8 @@ def write_results(
         for kind in KINDS:
             arms = arm_evaluations(folders, kind)
             here[kind] = dict(values={arm: one.values | one.counts | f1_values(one) for arm, one in arms.items()},
-                              verdicts=verdicts(arms, ours, n).to_dicts() if ours else [],
-                              blended=verdicts(arms, f"blend of {ours}", n).to_dicts() if f"blend of {ours}" in arms else [])
+                              verdicts=verdicts(without(arms, "blend"), ours, n).to_dicts() if ours else [],
+                              blended=verdicts(without(arms, "hybrid"), f"blend of {ours}", n).to_dicts() if f"blend of {ours}" in arms else [])
         found[dataset] = here | dict(ours=ours, cost={arm: spent(some) for arm, some in folders.items()}, parts={arm: len(some) for arm, some in folders.items()})
     write_json(out, plain(found))
     return [dict(dataset=dataset, kind=kind, **row) for dataset, here in found.items() for kind in KINDS for row in here[kind]["verdicts"]]

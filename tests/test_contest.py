@@ -231,5 +231,6 @@ def test_a_blend_is_an_arm_where_every_fold_has_it(market, tmp_path):
     assert {name for name in arms if name.startswith("blend")} == {"blend of pretrained", "blend of ours, stage 1"}
     write_results(tmp_path / "q.parts", tmp_path / "q.json", n=20)
     found = json.loads((tmp_path / "q.json").read_text())["market"]["clean"]
-    assert {row["other"] for row in found["blended"]} == set(arms) - {"blend of ours, stage 1"}
+    assert {row["other"] for row in found["blended"]} == {"pretrained", "MNRL", "ours, stage 1", "BM25", "blend of pretrained"}
+    assert {row["other"] for row in found["verdicts"]} == {"pretrained", "MNRL", "BM25", "hybrid of pretrained", "hybrid of ours, stage 1"}
     assert "global_f1_2" in found["values"]["blend of pretrained"]
