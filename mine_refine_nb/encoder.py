@@ -269,7 +269,8 @@ def length_batches(
 ) -> list[np.ndarray]:  # row numbers of each batch, longest texts first
     "Batches of texts with like numbers of tokens."
     order = np.arange(len(texts))
-    if len(texts) > size:
+    # a static encoder looks words up: it has no padding, and no mask to count by
+    if len(texts) > size and "attention_mask" in tokens_of(model, texts[:1], side):
         blocks = (tokens_of(model, texts[at : at + 1024], side)["attention_mask"].sum(1) for at in range(0, len(texts), 1024))
         order = torch.cat(list(blocks)).argsort(descending=True, stable=True).numpy()
     return [order[at : at + size] for at in range(0, len(order), size)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 from mine_refine_nb.data import make_data
-from mine_refine_nb.encoder import BLOCK, add_heads, dequantise, embed, encode, load_backbone
+from mine_refine_nb.encoder import BLOCK, add_heads, dequantise, embed, encode, length_batches, load_backbone, tokens_of
 from mine_refine_nb.machine import fast_dtype
 
 TEXTS = ["wireless mouse", "Zapatillas de montaña para mujer, talla 38", "ワイヤレス マウス 静音", "ﾜｲﾔﾚｽ ﾏｳｽ", "2～3人用テント", "ﬁne  spaces\tand tabs",
@@ -118,3 +118,14 @@ def test_embed_follows_the_order_of_the_data(minilm):
 
 def test_fast_dtype_is_bfloat16_or_nothing():
     assert fast_dtype("cpu") in (None, torch.bfloat16)
+
+
+def test_vectors_stand_at_their_texts_and_batches_hold_like_numbers_of_tokens(minilm):
+    texts = [word * times for word in ("ランニング", "shoe ", "8x10ft ") for times in range(1, 12)]
+    vectors = encode(minilm, texts, "document", batch_size=4)
+    assert np.abs(vectors - np.concatenate([encode(minilm, [text], "document") for text in texts])).max() < 0.02    # bfloat16
+    batches = length_batches(minilm, texts, "document", 4)
+    count = tokens_of(minilm, texts, "document")["attention_mask"].sum(1).numpy()
+    assert sorted(np.concatenate(batches)) == list(range(len(texts))) and max(map(len, batches)) == 4
+    assert (np.diff(count[np.concatenate(batches)]) <= 0).all()
+    assert encode(minilm, [], "query").shape == (0, 384)
