@@ -11,8 +11,8 @@ import torch
 from sklearn.metrics import f1_score
 
 from mine_refine_nb import contest
-from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, bench_quality, best_blend, best_rate, common, f1_statistic, fold_data, fold_of, main_arm, one_scale,
-                                    part_name, rebuild, save_part, train_arm, union, verdicts, with_thresholds, write_results)
+from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, asked_only, bench_quality, best_blend, best_rate, common, f1_statistic, fold_data, fold_of, main_arm, one_scale,
+                                    part_name, rebuild, save_part, searched, train_arm, union, verdicts, with_thresholds, write_results)
 from mine_refine_nb.data import query_groups
 from mine_refine_nb.market import simulate
 from mine_refine_nb.metrics import boundary_auc, evaluate
@@ -234,3 +234,48 @@ def test_a_blend_is_an_arm_where_every_fold_has_it(market, tmp_path):
     assert {row["other"] for row in found["blended"]} == {"pretrained", "MNRL", "ours, stage 1", "BM25", "blend of pretrained"}
     assert {row["other"] for row in found["verdicts"]} == {"pretrained", "MNRL", "BM25", "hybrid of pretrained", "hybrid of ours, stage 1"}
     assert "global_f1_2" in found["values"]["blend of pretrained"]
+
+
+@pytest.fixture(scope="module")
+def languages():
+    return simulate(products=400, queries=80, locales=("en", "es", "ja"), seed=0)
+
+
+def test_other_locales_train_and_are_not_asked(languages):
+    folded = fold_data(languages, 0)
+    asked = asked_only(folded, ("es", "ja"))
+    for split in ("validation", "test"):
+        assert set(asked.split(split).queries["locale"]) == {"es", "ja"}
+        assert set(asked.split(split).queries["query_id"]) == set(folded.split(split).queries.filter(pl.col("locale") != "en")["query_id"])
+    assert asked.split("train").judgments.equals(folded.split("train").judgments) and "en" in asked.split("train").judgments["locale"]
+    assert asked_only(folded).judgments.equals(folded.judgments)
+
+
+def test_measuring_leaves_out_what_no_query_finds(languages, market):
+    asked = searched(asked_only(fold_data(languages, 0), ("es",)))
+    assert set(asked.products["locale"]) == set(asked.judgments["locale"]) == {"es"}
+    assert asked.products.equals(languages.products.filter(locale="es"))
+    whole = searched(fold_data(market, 0))
+    assert whole.products.equals(market.products) and len(whole.judgments) == len(market.judgments)
+
+
+def test_a_contest_asks_its_locales_alone(languages, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(contest, "run_part", lambda data, *_: seen.append(data) or dict(objective=0.5, seconds=1.0))
+    monkeypatch.setattr(contest, "write_results", lambda parts, out: [])
+    bench_quality("", tmp_path / "q.json", ("pretrained",), [0], [0], [Contest("two", asked=("es", "ja")), Contest("all")], lambda *_: languages, lambda _: None)
+    assert [set(data.split("test").queries["locale"]) for data in seen] == [{"es", "ja"}, {"en", "es", "ja"}]
+    assert all("en" in data.split("train").judgments["locale"] for data in seen)
+
+
+def test_each_locale_has_its_numbers(languages, market, tmp_path):
+    for arm in ("pretrained", "ours, stage 1"): fake_part(tmp_path / "q.parts", languages, arm, 0, 0)
+    write_results(tmp_path / "q.parts", tmp_path / "q.json", n=20)
+    found = json.loads((tmp_path / "q.json").read_text())["market"]["clean"]
+    assert set(found["per_locale"]["pretrained"]) == {"en", "es", "ja"}
+    one = evaluate(vectors(fold_data(languages, 0, 2).split("test"), 0), fold_data(languages, 0, 2).split("test"), "test")
+    for locale, values in found["per_locale"]["pretrained"].items():
+        assert values["ndcg@10"] == pytest.approx(one.per_locale[locale]["ndcg@10"]) and values["auc_2"] == pytest.approx(one.per_locale[locale]["auc_2"])
+    for arm in ("pretrained", "ours, stage 1"): fake_part(tmp_path / "r.parts", market, arm, 0, 0)
+    write_results(tmp_path / "r.parts", tmp_path / "r.json", n=20)
+    assert json.loads((tmp_path / "r.json").read_text())["market"]["clean"]["per_locale"] == {}    # one locale: the main numbers
