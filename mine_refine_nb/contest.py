@@ -531,6 +531,8 @@ def contest_data(
     "The judgments and the catalogue of one data set."
     if dataset == "market": return simulate(1500, 240, ("en",), 0)
     data = load_data(source)
+    if missing := {"us", "es", "jp"} - set(data.judgments["locale"]):
+        raise ValueError(f"{source}: no judgments of {', '.join(sorted(missing))}: the contest is over ESCI's locales us, es and jp; `market` needs no folder")
     return in_locales(data, ("us",)) if dataset == "us" else data
 
 # %% ../nbs/api/16c_contest.ipynb #cell-44

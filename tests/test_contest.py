@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import f1_score
 
 from mine_refine_nb import contest
-from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, asked_only, bench_quality, best_blend, best_rate, common, f1_statistic, fold_data, fold_of, main_arm, one_scale,
+from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, asked_only, bench_quality, best_blend, best_rate, common, contest_data, f1_statistic, fold_data, fold_of, main_arm, one_scale,
                                     part_name, rebuild, save_part, searched, train_arm, union, verdicts, with_thresholds, write_results)
 from mine_refine_nb.data import query_groups
 from mine_refine_nb.market import simulate
@@ -279,3 +279,8 @@ def test_each_locale_has_its_numbers(languages, market, tmp_path):
     for arm in ("pretrained", "ours, stage 1"): fake_part(tmp_path / "r.parts", market, arm, 0, 0)
     write_results(tmp_path / "r.parts", tmp_path / "r.json", n=20)
     assert json.loads((tmp_path / "r.json").read_text())["market"]["clean"]["per_locale"] == {}    # one locale: the main numbers
+
+
+def test_a_folder_without_the_locales_is_refused(market, tmp_path):
+    market.save(tmp_path / "shop")
+    with pytest.raises(ValueError, match="shop: no judgments of es, jp, us"): contest_data(tmp_path / "shop", "us")
