@@ -8,10 +8,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from sklearn.metrics import f1_score
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from mine_refine_nb import contest
-from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, asked_only, bench_quality, best_blend, best_rate, common, contest_data, f1_statistic, fold_data, fold_of, main_arm, one_scale,
+from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, asked_only, bench_quality, best_blend, best_rate, common, contest_data, cut_statistic, fold_data, fold_of, main_arm, one_scale,
                                     part_name, rebuild, save_part, searched, train_arm, union, verdicts, with_thresholds, write_results)
 from mine_refine_nb.data import query_groups
 from mine_refine_nb.market import simulate
@@ -149,18 +149,21 @@ def test_validation_names_our_main_arm(market, tmp_path):
 def test_verdicts_count_all_comparisons(parts):
     arms = {arm: union(folders, "clean") for arm, folders in common(arm_folders(parts)["market"]).items()}
     table = verdicts(arms, "ours, stage 1", n=100)
-    assert set(table["other"]) == {"pretrained", "MNRL"} and {"ndcg@10", "auc_2", "global_f1_1"} <= set(table["metric"])
+    assert set(table["other"]) == {"pretrained", "MNRL"} and {"ndcg@10", "auc_2", "global_f1_1", "global_bacc_2"} <= set(table["metric"])
     assert (table["p_corrected"] >= table["p"] - 1e-12).all() and table["p_corrected"].min() >= min(1, table["p"].min() * len(table)) - 1e-9
     same = verdicts({"a": arms["MNRL"], "ours": arms["MNRL"]}, "ours", n=50)
     assert same["difference"].abs().max() < 1e-12 and same["p"].min() == 1
 
 
-def test_f1_is_that_of_the_thresholds(parts):
+def test_cuts_are_measured_as_elsewhere(parts):
     pairs = union(arm_folders(parts)["market"]["MNRL"], "clean").pairs
     n = pairs["query_id"].n_unique()
     weights = np.concatenate([np.ones((n, 1)), np.zeros((n, 1))])
     for k in (1, 2):
-        assert f1_statistic(pairs, pairs, k)(weights)[0] == pytest.approx(f1_score(pairs["grade"] >= k, pairs[f"above_{k}"]))
+        for measure, known in (("f1", f1_score), ("bacc", balanced_accuracy_score)):
+            assert cut_statistic(pairs, pairs, k, measure)(weights)[0] == pytest.approx(known(pairs["grade"] >= k, pairs[f"above_{k}"]))
+    everything = pairs.with_columns(above_2=pl.lit(True))
+    assert cut_statistic(everything, everything, 2, "bacc")(weights)[0] == pytest.approx(0.5)
 
 
 def test_results_are_plain_json(parts, tmp_path):
@@ -168,7 +171,7 @@ def test_results_are_plain_json(parts, tmp_path):
     found = json.loads((tmp_path / "quality.json").read_text())["market"]
     assert found["ours"] == "ours, stage 1" and found["cost"]["MNRL"]["texts"] == 10
     assert {"BM25", "hybrid of pretrained", "MNRL"} <= set(found["clean"]["values"]) and len(rows) == 2 * len(found["clean"]["verdicts"])
-    assert "global_f1_2" in found["clean"]["values"]["MNRL"] and "global_f1_2" not in found["clean"]["values"]["BM25"]
+    assert {"global_f1_2", "global_bacc_1"} <= set(found["clean"]["values"]["MNRL"]) and "global_f1_2" not in found["clean"]["values"]["BM25"]
 
 
 def test_a_stopped_contest_loses_one_arm(market, tmp_path, monkeypatch):
