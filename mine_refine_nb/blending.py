@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import bm25s
 import numpy as np
@@ -21,9 +22,9 @@ from .metrics import Evaluation, compare, evaluate_run, search_catalogue
 from .thresholds import Calibrator, calibrate_pairs
 
 # %% auto #0
-__all__ = ['UNSPACED', 'METHODS', 'SMOOTH', 'WEIGHTS', 'plain_word', 'words_of', 'possible_score', 'WordIndex', 'index_words',
-           'search_words', 'score_words', 'pool', 'reciprocal', 'stretched', 'Blend', 'blend_scores', 'ranked',
-           'evaluate_scores', 'blends', 'fit_blend', 'blend_table', 'keep_above', 'answers']
+__all__ = ['UNSPACED', 'METHODS', 'SMOOTH', 'WEIGHTS', 'plain_word', 'word_tokens', 'words_of', 'possible_score', 'WordIndex',
+           'index_words', 'search_words', 'score_words', 'pool', 'reciprocal', 'stretched', 'Blend', 'blend_scores',
+           'ranked', 'evaluate_scores', 'blends', 'fit_blend', 'blend_table', 'keep_above', 'answers']
 
 # %% ../nbs/api/12c_blending.ipynb #cell-6
 UNSPACED = re.compile(r'[ぁ-ゟ゠-ヿㇰ-ㇿ㐀-䶿一-鿿豈-﫿ー々฀-໿]+')    # kana, Han, Thai, Lao
@@ -35,14 +36,16 @@ def plain_word(word: str) -> str:
     return bare[:-1] if len(bare) > 3 and bare.endswith('s') else bare
 
 # %% ../nbs/api/12c_blending.ipynb #cell-8
+@lru_cache(1 << 17)
+def word_tokens(word: str) -> tuple[str, ...]:
+    "A word between two spaces as plain words, then the characters and pairs of its unspaced runs."
+    runs = UNSPACED.findall(word)
+    return *[plain_word(part) for part in UNSPACED.split(word) if part], *[token for run in runs for token in [*run, *map(''.join, zip(run, run[1:]))]]
+
+
 def words_of(text: str) -> list[str]:
     "The tokens of a query or a product: plain words; characters and their pairs where no spaces are written."
-    out = []
-    for word in normalise_query(text).split():
-        runs = UNSPACED.findall(word)
-        out += [plain_word(part) for part in UNSPACED.split(word) if part]
-        out += [token for run in runs for token in [*run, *map(''.join, zip(run, run[1:]))]]
-    return out
+    return [token for word in normalise_query(text).split() for token in word_tokens(word)]
 
 # %% ../nbs/api/12c_blending.ipynb #cell-11
 def possible_score(

@@ -428,13 +428,13 @@ def measure_arm(
     products, ids, out = encode(model, product_text(data.products).to_list(), "document"), data.products["product_id"].to_list(), {}
     def asking(queries: pl.DataFrame) -> Embeddings:
         return Embeddings(queries["query_id"].to_list(), encode(model, queries["query"].to_list(), "query"), ids, products)
-    known = asking(data.split("validation").queries)
-    learn = pool(known, WordIndex(data), "validation")
+    words, known = WordIndex(data), asking(data.split("validation").queries)
+    learn = pool(known, words, "validation")
     mix = best_blend(learn, data)
     validation = judged_pairs(known, data.split("validation")), evaluate_scores(learn, mix.scores(learn), data, "validation").pairs
     for kind, asked in zip(KINDS, (data.split("test"), misspelled_twin(data, "test").data)):
         emb = asking(asked.queries)
-        rows = pool(emb, WordIndex(asked), "test")
+        rows = pool(emb, replace(words, data=asked), "test")
         both = {kind: evaluate(emb, asked, "test"), f"blend, {kind}": evaluate_scores(rows, mix.scores(rows), asked)}
         out |= {name: replace(one, pairs=with_thresholds(one.pairs, pairs)) for (name, one), pairs in zip(both.items(), validation)}
         out |= {f"BM25, {kind}": evaluate_scores(rows, rows["words"], asked, found=("words_rank",)), f"hybrid, {kind}": evaluate_scores(rows, FUSION.scores(rows), asked)}
