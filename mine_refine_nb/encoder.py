@@ -26,6 +26,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
 
 from .data import RelevanceData, product_text
 from .machine import fast_dtype
@@ -145,7 +146,8 @@ def build_bert(
         num_attention_heads=sizes["heads"], intermediate_size=sizes["inner"], max_position_embeddings=sizes["positions"],
         type_vocab_size=sizes["types"], layer_norm_eps=sizes["epsilon"], pad_token_id=1,
     )  # fmt: skip
-    bert = BertModel(config)
+    with no_init_weights():  # random weights would take three quarters of the time, and every one is replaced
+        bert = BertModel(config)
     shapes = {name: weight.shape for name, weight in bert.state_dict().items()}
     state = {bert_name(name): torch.from_numpy(flat) for name, flat in tensors.items()}
     unused = {name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith("pooler.")}
