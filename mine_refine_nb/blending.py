@@ -39,8 +39,8 @@ def plain_word(word: str) -> str:
 @lru_cache(1 << 17)
 def word_tokens(word: str) -> tuple[str, ...]:
     "A word between two spaces as plain words, then the characters and pairs of its unspaced runs."
-    runs = UNSPACED.findall(word)
-    return *[plain_word(part) for part in UNSPACED.split(word) if part], *[token for run in runs for token in [*run, *map(''.join, zip(run, run[1:]))]]
+    spaced = [plain_word(part) for part in UNSPACED.split(word) if part]
+    return *spaced, *(token for run in UNSPACED.findall(word) for token in [*run, *map(''.join, zip(run, run[1:]))])
 
 
 def words_of(text: str) -> list[str]:

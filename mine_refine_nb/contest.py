@@ -434,7 +434,7 @@ def measure_arm(
     validation = judged_pairs(known, data.split("validation")), evaluate_scores(learn, mix.scores(learn), data, "validation").pairs
     for kind, asked in zip(KINDS, (data.split("test"), misspelled_twin(data, "test").data)):
         emb = asking(asked.queries)
-        rows = pool(emb, replace(words, data=asked), "test")
+        rows = pool(emb, replace(words, data=asked), "test")    # other queries, same products: the index stays
         both = {kind: evaluate(emb, asked, "test"), f"blend, {kind}": evaluate_scores(rows, mix.scores(rows), asked)}
         out |= {name: replace(one, pairs=with_thresholds(one.pairs, pairs)) for (name, one), pairs in zip(both.items(), validation)}
         out |= {f"BM25, {kind}": evaluate_scores(rows, rows["words"], asked, found=("words_rank",)), f"hybrid, {kind}": evaluate_scores(rows, FUSION.scores(rows), asked)}
