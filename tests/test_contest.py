@@ -287,3 +287,16 @@ def test_each_locale_has_its_numbers(languages, market, tmp_path):
 def test_a_folder_without_the_locales_is_refused(market, tmp_path):
     market.save(tmp_path / "shop")
     with pytest.raises(ValueError, match="shop: no judgments of es, jp, us"): contest_data(tmp_path / "shop", "us")
+
+
+def test_the_overview_tells_the_results():
+    "The table of the first page has the numbers of the results that the contest's page reads."
+    root = Path(__file__).resolve().parent.parent
+    found = json.loads((root / "nbs/benchmarks/results/quality.json").read_text())
+    overview = (root / "README.md").read_text(encoding="utf-8").split("## Against what people would train otherwise")[1].split("\n\n## ")[0]
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in overview.splitlines() if " · " in line}
+    for dataset, told in zip(("us", "es+jp", "market"), zip(*rows.values())):
+        arms, values = [*rows][:4], found[dataset]["clean"]["values"]
+        for arm, cell in zip([*arms, found[dataset]["ours"], f"blend of {found[dataset]['ours']}"], told, strict=True):
+            if cell == "not measured": assert arm not in values
+            else: assert cell == " · ".join(f"{values[arm][name]:.3f}".lstrip("0") for name in ("ndcg@10", "auc_2", "auc_1")), (dataset, arm)

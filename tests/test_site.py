@@ -1,4 +1,5 @@
 """The documentation site: links lead somewhere, nothing is fetched from elsewhere, figures draw, a phone can read it."""
+import re
 import subprocess
 import sys
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 
+import polars as pl
 import pytest
 
 import build_site
@@ -71,6 +73,24 @@ def test_nothing_is_fetched_from_elsewhere(site):
             if tag in ("script", "link", "img", "iframe"):
                 super().handle_starttag(tag, attrs)
     assert not [(p.name, t) for p in pages(site) for t in Loads(p).targets if urlsplit(t).netloc]
+
+
+def test_tables_read_as_text():
+    "Strings lose their quotes, columns of words stand left, numbers and figures written as strings right; long texts may wrap."
+    frame = pl.DataFrame({"query": ['14" laptop', "x" * 40], "score": [0.5, None], "rank": ["1", "2"], "名": ["靴", None], "lists": [["a"], []]})
+    with pl.Config(fmt_str_lengths=50, tbl_hide_column_data_types=True, tbl_hide_dataframe_shape=True):
+        table = build_site.plain_table(frame._repr_html_())
+    rows = [re.findall(r'<t[hd] class="([^"]*)">(.*?)</t[hd]>', row) for row in re.findall("<tr>(.*?)</tr>", table)]
+    assert rows == [
+        [("text line", "query"), ("line", "score"), ("line", "rank"), ("text line", "名"), ("line", "lists")],
+        [("text line", "14&quot; laptop"), ("line", "0.5"), ("line", "1"), ("text line", "靴"), ("line", "[&quot;a&quot;]")],
+        [("text", "x" * 40), ("line", "null"), ("line", "2"), ("text line", "null"), ("line", "[]")]]
+
+
+def test_no_table_of_the_site_quotes_its_strings(site):
+    texts = {path.name: path.read_text(encoding="utf-8") for path in pages(site)}
+    assert sum('class="text line"' in text for text in texts.values()) > 10    # the tables are there
+    assert not [name for name, text in texts.items() if re.search(r"<td[^>]*>&quot;", text)]
 
 
 def test_llms_txt_describes_every_page(site):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from html.parser import HTMLParser
+from itertools import count
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -64,16 +65,38 @@ def figure_html(figure: dict, up: str, first: bool) -> str:
     return scripts * first + box
 
 
-def lighten_figures(notebook: Path, cache: Path) -> int:
-    "Replace each plotly output of a processed notebook by `figure_html`; return how many there were."
-    nb, count = json.loads(notebook.read_text(encoding="utf-8")), 0
+def plain_table(table: str) -> str:
+    "A Polars table as a reader wants it: strings without their quotes, columns of words to the left, short ones on one line."
+    cells = re.compile(r"<(t[hd])>(.*?)</\1>", re.S)
+    words = {at for row in table.split("</tr>") for at, (_, shown) in enumerate(cells.findall(row))
+             if shown.startswith("&quot;") and any(map(str.isalpha, html.unescape(shown)))}
+
+    def cell(at: int, kind: str, shown: str) -> str:
+        shown = re.sub(r"^&quot;|&quot;$", "", shown)
+        classes = ["text"] * (at in words) + ["line"] * (len(html.unescape(shown)) <= 32)
+        return f'<{kind} class="{" ".join(classes)}">{shown}</{kind}>'
+
+    def row(match: re.Match) -> str:
+        places = count()
+        return cells.sub(lambda m: cell(next(places), m[1], m[2]), match[0])
+
+    return re.sub(r"<tr>.*?</tr>", row, table, flags=re.S)
+
+
+def lighten_outputs(notebook: Path, cache: Path) -> int:
+    "Replace each plotly output of a processed notebook by `figure_html`, each table by `plain_table`; return how many figures there were."
+    nb, figures = json.loads(notebook.read_text(encoding="utf-8")), 0
     up = "../" * len(notebook.relative_to(cache).parent.parts)
     for output in (o for cell in nb["cells"] for o in cell.get("outputs", [])):
-        if PLOTLY in output.get("data", {}):
-            output["data"] = {"text/html": figure_html(output["data"][PLOTLY], up, first=not count)}
-            count += 1
+        data = output.get("data", {})
+        if PLOTLY in data:
+            output["data"] = {"text/html": figure_html(data[PLOTLY], up, first=not figures)}
+            figures += 1
+        elif "text/html" in data:
+            shown = "".join(data["text/html"])
+            data["text/html"] = re.sub(r'<table [^>]*class="dataframe".*?</table>', lambda m: plain_table(m[0]), shown, flags=re.S)
     notebook.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
-    return count
+    return figures
 
 
 # ---- from _proc/ to _docs/
@@ -207,7 +230,7 @@ def main() -> None:
     os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
     cache = process()
     meta = yaml.safe_load((cache / "nbdev.yml").read_text(encoding="utf-8"))["website"]
-    figures = sum(lighten_figures(notebook, cache) for notebook in cache.rglob("*.ipynb"))
+    figures = sum(lighten_outputs(notebook, cache) for notebook in cache.rglob("*.ipynb"))
     renderer = render(cache)
     localise_links(meta["site-url"])
     add_plotly()
