@@ -672,7 +672,7 @@ def spent(folders: Sequence[Path]) -> dict:    # medians over folds and seeds
 
 # %% ../nbs/api/16c_contest.ipynb #wo2
 def without(arms: dict[str, Evaluation], fusion: str) -> dict[str, Evaluation]:
-    "The arms that are no `hybrid` or `blend` of an encoder."
+    "The arms that are no hybrid or blend of an encoder."
     return {name: one for name, one in arms.items() if not name.startswith(f"{fusion} of")}
 
 # %% ../nbs/api/16c_contest.ipynb #cell-53-c

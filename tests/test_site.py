@@ -64,6 +64,15 @@ def test_broken_links_are_found(tmp_path):
     assert build_site.broken_links(tmp_path) == [f"a.html -> {link}" for link in ("#nowhere", "/b.html", "b.html#gone", "c.html")]
 
 
+def test_a_name_of_several_modules_leads_to_the_page_s_own(site):
+    "`annotate` is judging's on its page and the command's on the command line's; a symbol of one module is found from everywhere."
+    def leads(page: str, name: str) -> set[str]:
+        return set(re.findall(f'<a href="([^"]*)"><code>{name}</code></a>', (site / "api" / page).read_text(encoding="utf-8")))
+    assert leads("judging.html", "annotate") == {"../api/judging.html#annotate"}
+    assert leads("market.html", "simulate") == {"../api/market.html#simulate"}
+    assert leads("shoppers.html", "make_data") == {"../api/data.html#make_data"}
+
+
 def test_nothing_is_fetched_from_elsewhere(site):
     "Scripts, styles and pictures are the site's own."
     if "quarto" in (site / "index.html").read_text(encoding="utf-8").split('name="generator"', 1)[1][:30]:

@@ -144,12 +144,17 @@ def mathml(page: str) -> str:
 
 
 def localise_links(site_url: str) -> None:
-    """nbdev links symbols by the published address. Make these links relative, so that they work in a local copy too, and
-    lead those to a method or a private name, which has no heading of its own, to its class or its page."""
-    pages = {page: Links(page) for page in SITE.rglob("*.html")}
+    """nbdev links symbols by the published address. Make these links relative, so that they work in a local copy too. A name
+    that several modules have is the page's own where it has it; a method or a private name, which has no heading of its own,
+    leads to its class or its page."""
+    from mine_refine_nb._modidx import d
 
-    def local(match: re.Match, up: str) -> str:
-        path, _, name = match[1].partition("#")
+    pages = {page: Links(page) for page in SITE.rglob("*.html")}
+    symbols = {address for module in d["syms"].values() for address, _ in module.values()}
+
+    def local(match: re.Match, page: Path, up: str) -> str:
+        own = f"{page.relative_to(SITE).as_posix()}#{match[2]}"
+        path, _, name = (own if own in symbols else match[1]).partition("#")
         ids = pages[SITE / path].ids if SITE / path in pages else {name}
         anchor = next((n for n in (name, name.split(".")[0]) if n in ids), "")
         return f'href="{up}{path}{anchor and "#"}{anchor}"'
@@ -157,7 +162,8 @@ def localise_links(site_url: str) -> None:
     for page in pages:
         up = "../" * len(page.relative_to(SITE).parent.parts) or "./"
         text = page.read_text(encoding="utf-8")
-        page.write_text(re.sub(f'href="{re.escape(site_url)}/([^"]*)"', lambda m: local(m, up), text), encoding="utf-8")
+        link = f'href="{re.escape(site_url)}/([^"]*)"(?=(?:><code>([a-z_]+)</code>)?)'
+        page.write_text(re.sub(link, lambda m: local(m, page, up), text), encoding="utf-8")
 
 
 def add_plotly() -> None:
