@@ -214,7 +214,7 @@ def list_catalogue(
     parameters: str = '',   # of the search, as 'nprobe=16'
 ) -> pl.DataFrame:  # query_id, query, product_id, locale, score, rank: a query's rows together, best first
     "Each query's first `depth` products in the catalogue of its locale."
-    query_at, names, parts = {q: i for i, q in enumerate(emb.query_ids)}, np.array(emb.product_ids), []
+    query_at, names, parts = {q: i for i, q in enumerate(emb.query_ids)}, pl.Series('product_id', emb.product_ids, pl.String), []
     for (locale,), group in data.queries.group_by('locale', maintain_order=True):
         rows = candidates(data, locale)
         if not len(rows): continue   # no product of this locale: its queries come up short
@@ -225,7 +225,7 @@ def list_catalogue(
         count = found.shape[1]
         frame = group.select('query_id', 'query', 'locale')[np.repeat(np.arange(len(group)), count)]
         parts.append(frame.select(
-            'query_id', 'query', pl.Series('product_id', names[rows[found.ravel()]], pl.String), 'locale',
+            'query_id', 'query', names.gather(rows[found.ravel()]), 'locale',
             score=scores.ravel(), rank=np.tile(np.arange(1, count + 1), len(group))).filter(found.ravel() >= 0))
     return pl.concat(parts) if parts else pl.DataFrame(schema=ROWS).drop('grade', 'kind', 'source')
 
@@ -318,7 +318,7 @@ REASONS = {
 
 def first_reason(
     kind: str,        # key of `REASONS`
-    *tests: pl.Expr,  # true where the reason of that place applies
+    *tests: pl.Expr | str,  # or the column: true where the reason of that place applies
 ) -> pl.Expr:  # the first reason that applies, null where none does
     "Why a candidate of this kind is removed."
     return pl.coalesce(*(pl.when(test).then(pl.lit(why)) for test, why in zip(tests, REASONS[kind], strict=True)))
@@ -370,12 +370,13 @@ def pending_samples(
     for more, on in ((judged.select('query_id', 'product_id', seen=pl.lit(True)), ['query_id', 'product_id']),
                      (texts, 'product_id'), (known, keys), (best, 'query_id')):
         rows = rows.join(more, on=on, how='left', maintain_order='left')
-    seen, known = pl.col('seen').is_not_null(), pl.col('known').is_not_null()
     far = pl.lit(False) if margin is None else (pl.col('score') < pl.col('best') - margin).fill_null(False)
-    repeated = ~pl.struct(keys).is_first_distinct()
-    taken = (~(seen | known | repeated | far)).cum_sum().over('query_id')
-    return rows.with_columns(grade=pl.lit(UNJUDGED, pl.Int8), kind=pl.lit('pending'), removed=first_reason(
-        'pending', seen, known, repeated, far, taken > per_query)).drop('seen', 'text', 'known', 'best')
+    tests = dict(seen=pl.col('seen').is_not_null(), known=pl.col('known').is_not_null(),
+                 repeated=~pl.col('text').is_first_distinct().over('query_id'), far=far)
+    rows = rows.with_columns(**tests)    # each test once: the count of what is left, and the reasons, read them
+    rows = rows.with_columns(late=(~pl.any_horizontal(*tests)).cum_sum().over('query_id') > per_query)
+    return rows.with_columns(grade=pl.lit(UNJUDGED, pl.Int8), kind=pl.lit('pending'),
+                             removed=first_reason('pending', *tests, 'late')).drop(*tests, 'late', 'text', 'best')
 
 # %% ../nbs/api/11_mining.ipynb #cell-63
 def count_removed(
