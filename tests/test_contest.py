@@ -296,7 +296,7 @@ def test_the_overview_tells_the_results():
     overview = (root / "README.md").read_text(encoding="utf-8").split("## Against what people would train otherwise")[1].split("\n\n## ")[0]
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in overview.splitlines() if " · " in line}
     for dataset, told in zip(("us", "es+jp", "market"), zip(*rows.values())):
-        arms, values = [*rows][:4], found[dataset]["clean"]["values"]
+        arms, values = [*rows][:-2], found[dataset]["clean"]["values"]
         for arm, cell in zip([*arms, found[dataset]["ours"], f"blend of {found[dataset]['ours']}"], told, strict=True):
             if cell == "not measured": assert arm not in values
             else: assert cell == " · ".join(f"{values[arm][name]:.3f}".lstrip("0") for name in ("ndcg@10", "auc_2", "auc_1")), (dataset, arm)
