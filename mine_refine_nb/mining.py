@@ -318,7 +318,7 @@ REASONS = {
 
 def first_reason(
     kind: str,        # key of `REASONS`
-    *tests: pl.Expr | str,  # or the column: true where the reason of that place applies
+    *tests: pl.Expr | str,  # expressions or columns, true where the reason of that place applies
 ) -> pl.Expr:  # the first reason that applies, null where none does
     "Why a candidate of this kind is removed."
     return pl.coalesce(*(pl.when(test).then(pl.lit(why)) for test, why in zip(tests, REASONS[kind], strict=True)))

@@ -295,7 +295,7 @@ def test_the_overview_tells_the_results():
     found = json.loads((root / "nbs/benchmarks/results/quality.json").read_text())
     overview = (root / "README.md").read_text(encoding="utf-8").split("## Against what people would train otherwise")[1].split("\n\n## ")[0]
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in overview.splitlines() if " · " in line}
-    for dataset, told in zip(("us", "es+jp", "market"), zip(*rows.values())):
+    for dataset, told in zip(("us", "es+jp", "market"), zip(*rows.values()), strict=True):
         arms, values = [*rows][:-2], found[dataset]["clean"]["values"]
         for arm, cell in zip([*arms, found[dataset]["ours"], f"blend of {found[dataset]['ours']}"], told, strict=True):
             if cell == "not measured": assert arm not in values

@@ -73,6 +73,11 @@ def test_a_name_of_several_modules_leads_to_the_page_s_own(site):
     assert leads("shoppers.html", "make_data") == {"../api/data.html#make_data"}
 
 
+def test_no_page_shows_the_markdown_of_a_link(site):
+    "nbdev links a name between backticks itself; in the text of a link that leaves brackets on the page."
+    assert not [p.name for p in pages(site) if re.search(r"\]\([^)\s]*\.ipynb", p.read_text(encoding="utf-8"))]
+
+
 def test_nothing_is_fetched_from_elsewhere(site):
     "Scripts, styles and pictures are the site's own."
     if "quarto" in (site / "index.html").read_text(encoding="utf-8").split('name="generator"', 1)[1][:30]:
