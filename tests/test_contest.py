@@ -289,6 +289,14 @@ def test_a_folder_without_the_locales_is_refused(market, tmp_path):
     with pytest.raises(ValueError, match="shop: no judgments of es, jp, us"): contest_data(tmp_path / "shop", "us")
 
 
+def test_a_longer_contest_is_over_the_same_data(monkeypatch):
+    asked = []
+    monkeypatch.setattr(contest, "simulate", lambda *shape: asked.append(shape))
+    for name in ("market", "market, longer"): contest_data("nowhere", name)
+    assert len(asked) == 2 and asked[0] == asked[1]
+    assert len({one.dataset for one in contest.CONTESTS}) == len(contest.CONTESTS)
+
+
 def test_the_overview_tells_the_results():
     "The table of the first page has the numbers of the results that the contest's page reads."
     root = Path(__file__).resolve().parent.parent
