@@ -106,11 +106,12 @@ def ndcg_shown(
     cutoff: int = 10,
 ) -> pl.DataFrame:                           # session, ndcg: mean over its searches
     "NDCG of the products shown, against one ideal per query that both arms share."
-    rows = log.select("session", *SHOWN).with_columns(pl.col("grade").cast(pl.Float64)).filter(pl.col("grade") >= 0)
+    kinds = {"query_id": pl.String, "product_id": pl.String, "grade": pl.Float64}    # the same on both sides
+    rows = log.select("session", *SHOWN).cast(kinds).filter(pl.col("grade") >= 0)
     if log.select("session", "query_id", "position").is_duplicated().any():
         raise DataError("A/B log: a session shows two products of one query at the same position")
     known = [rows.select("query_id", "product_id", "grade")]
-    if grades is not None: known.append(grades.select("query_id", "product_id", pl.col("grade").cast(pl.Float64)))
+    if grades is not None: known.append(grades.select(*kinds).cast(kinds))
     pool = pl.concat(known).filter(pl.col("grade") >= 0).unique(maintain_order=True)
     if pool.select("query_id", "product_id").is_duplicated().any():
         raise DataError("A/B log: a product has two grades for the same query_id")
@@ -123,9 +124,11 @@ def ndcg_shown(
 
 # %% ../nbs/api/14_abtest.ipynb #cell-21
 def read_rows(log: pl.DataFrame | str | Path) -> pl.DataFrame:
-    "The rows of a .csv or .parquet file; a frame as it is."
+    "The rows of a .csv or .parquet file, ids as text; a frame as it is."
     if isinstance(log, pl.DataFrame): return log
-    return (pl.read_parquet if str(log).endswith(".parquet") else pl.read_csv)(log)
+    ids = dict.fromkeys(("arm", "session", "user", "query_id", "product_id"), pl.String)
+    try: return pl.read_parquet(log) if Path(log).suffix == ".parquet" else pl.read_csv(log, infer_schema_length=None, schema_overrides=ids)
+    except pl.exceptions.PolarsError as error: raise DataError(f"{log} cannot be read as a log ({str(error).splitlines()[0]})") from None
 
 # %% ../nbs/api/14_abtest.ipynb #cell-23
 def sessions_of(

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['WANTED', 'LEAST_KAPPA', 'MEASURED', 'hinted_pairs', 'fit_annotator', 'open_annotator', 'annotator_quality',
-           'plain_rows', 'mined_negatives', 'read_pairs', 'encoded_pairs', 'annotate_file', 'name_annotator']
+           'plain_rows', 'mined_negatives', 'read_pairs', 'encoded_pairs', 'annotate_file', 'read_prices',
+           'name_annotator']
 
 # %% ../nbs/api/12a_annotating.ipynb #cell-3
+import math
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +160,16 @@ def annotate_file(
     write_whole(out, table.write_parquet if out.suffix == ".parquet" else table.write_csv)
     return table
 
+# %% ../nbs/api/12a_annotating.ipynb #prices
+def read_prices(
+    price: str,    # as typed, such as "0.15,0.60"
+) -> tuple[float, float]:    # per million tokens in and out
+    "The two prices of an endpoint; ValueError unless they are finite and not negative."
+    try: prices = tuple(float(part) for part in price.split(","))
+    except ValueError: prices = ()
+    if len(prices) == 2 and all(0 <= number < math.inf for number in prices): return prices
+    raise ValueError(f"--price {price!r}: give two numbers, per million tokens in and out, such as 0.15,0.60")
+
 # %% ../nbs/api/12a_annotating.ipynb #cell-34
 def name_annotator(
     model: str,  # folder, language model, or name at the endpoint
@@ -166,14 +178,13 @@ def name_annotator(
     limit: float | None = None,  # most to spend
 ) -> Annotator:
     "The annotator that these words mean."
+    if not endpoint and (price or limit is not None):
+        raise ValueError("--price and --limit are for a model at --endpoint: name the endpoint, or leave them out")
     if endpoint:
-        try:
-            prices = tuple(float(part) for part in price.split(",")) if price else None
-        except ValueError:
-            raise ValueError(f"--price {price!r}: give two numbers, per million tokens in and out, such as 0.15,0.60") from None
+        prices = read_prices(price) if price else None
         asked = RemoteAnnotator(model, endpoint, prices=prices, limit=limit)
         read_key(asked.key)    # says no before any work
         return asked
     if (Path(model) / ABOUT).exists():
         return open_annotator(model)
-    return LocalAnnotator(*load_llm(model), name=f"{Path(model).name} zero-shot", base=model)
+    return LocalAnnotator(*load_llm(model), name=f"{model} zero-shot", base=model)

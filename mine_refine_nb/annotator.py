@@ -390,7 +390,8 @@ def train_annotator(
     annotator = LocalAnnotator(*load_llm(base), prompt, annotator_name(base, prompt, recipe, train, validation),
                                base=str(base), similarity_of=similarity_of)
     annotator.model = trainable(annotator.model, recipe)
-    checkpoints = Path(folder).with_name(f"{Path(folder).name}.training")
+    checkpoints = Path(folder).with_name(f"{Path(folder).name}.{annotator.name[-8:]}.training")    # of these data and this recipe only
+    if not resume: shutil.rmtree(checkpoints, ignore_errors=True)
     fit(annotator, train, validation, recipe, checkpoints, resume, progress)
     said = annotate(annotator, validation).with_columns(truth=validation["grade"]).drop_nulls("p0")    # batch by batch: memory
     annotator.calibration = fit_calibration(said.select(PROBABILITIES).to_numpy(), said["truth"], "temperature")

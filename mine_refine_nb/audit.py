@@ -31,7 +31,7 @@ def scan_log(path: str | Path) -> pl.LazyFrame:
     kind, texts = Path(path).suffix, dict.fromkeys(("query", "product_id", "locale"), pl.String)
     if kind not in (".parquet", ".csv"): raise DataError(f"{path}: a log is a .parquet or a .csv file")
     try:
-        log = pl.scan_csv(path, schema_overrides=texts) if kind == ".csv" else pl.scan_parquet(path)
+        log = pl.scan_csv(path, schema_overrides=texts, infer_schema_length=10_000) if kind == ".csv" else pl.scan_parquet(path)
         return log.head(0).collect().lazy() if not log.collect_schema() else log
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path} cannot be read as a log ({error})") from error
@@ -68,7 +68,8 @@ def check_log(
     products: pl.DataFrame,  # the catalogue
 ) -> None:
     "Raise DataError for the first row whose counts cannot be, or whose product is unknown."
-    spoilt = log.filter(pl.any_horizontal(*WRONG_COUNTS.values())).head(1).collect(engine="streaming").height    # one pass over a sound log
+    try: spoilt = log.filter(pl.any_horizontal(*WRONG_COUNTS.values())).head(1).collect(engine="streaming").height    # one pass over a sound log
+    except pl.exceptions.PolarsError as error: raise DataError(f"the log cannot be read to its end ({str(error).splitlines()[0]}). Correct or remove that row") from None
     for what, wrong in WRONG_COUNTS.items() if spoilt else ():
         bad = log.with_row_index("_row").filter(wrong).select("_row", "query", "product_id", *COUNTS).head(1).collect(engine="streaming")
         if bad.height: raise DataError(f"engagement, row {bad['_row'][0] + 1}: {what}: {bad.drop('_row').row(0, named=True)}. "

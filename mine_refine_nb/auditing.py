@@ -116,6 +116,7 @@ def correct_folder(
     out: str | Path,  # a new folder
 ) -> RelevanceData:
     "Write a data folder with corrected grades, and the history of the corrections beside them."
+    if Path(out).is_dir() and any(Path(out).iterdir()): raise DataError(f"{out} is there and not empty: corrected data goes to a new folder, choose another")
     data = correct(load_data(source), read_corrections(corrections))
     data.save(out)
     return data

@@ -16,6 +16,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # %% ../nbs/api/19_cli.ipynb #cell-6
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -50,12 +51,12 @@ def print_table(
     title: str,
 ) -> None:
     "A table on the terminal; numbers with four digits."
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)    # as text: titles may hold brackets
     for name in rows[0]:
         text = isinstance(rows[0][name], str)
         table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
     for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(Text(f"{value:.4f}" if isinstance(value, float) else str(value)) for value in row.values()))
     OUT.print(table)
 
 # %% ../nbs/api/19_cli.ipynb #cell-12
@@ -82,7 +83,7 @@ def run(
     request = Request(data, preset.value, backbone, dim, layout, seed, annotator, augment, endpoint, price, limit)
     finished = run_pipeline(out, request, resume)
     print_table(results_table(finished).to_dicts(), f"{finished.data.name}, test queries")
-    OUT.print(f"report: {out / 'report.html'}", soft_wrap=True)
+    OUT.print(f"report: {out / 'report.html'}", soft_wrap=True, markup=False)
 
 # %% ../nbs/api/19_cli.ipynb #cell-14
 @app.command()
@@ -130,7 +131,7 @@ def train_annotator(
     print_table([{name: row[name] for name in shown} for row in found["agreement"]], "agreement with people on test pairs")
     OUT.print(f"labels with a confidence of {found['confidence']} or more reach {found['wanted accuracy']:.0%} on validation"
               if found["confidence"] else f"not good enough to label mined pairs: kappa {found['kappa on validation']:.2f} on validation", soft_wrap=True)
-    OUT.print(f"annotator: {out}", soft_wrap=True)
+    OUT.print(f"annotator: {out}", soft_wrap=True, markup=False)
 
 # %% ../nbs/api/19_cli.ipynb #cell-18
 @app.command()
@@ -171,7 +172,7 @@ def audit(
 
     numbers = audit_files(data, out, engagement, annotator, most, seed)
     print_table([{"figure": name, "value": str(value)} for name, value in numbers.items()], "label audit")
-    OUT.print(f"report: {out / 'audit.html'}", soft_wrap=True)
+    OUT.print(f"report: {out / 'audit.html'}", soft_wrap=True, markup=False)
 
 # %% ../nbs/api/19_cli.ipynb #8412ad84
 @app.command()
@@ -185,7 +186,7 @@ def correct(
 
     made = correct_folder(data, corrections, out)
     count = 0 if made.corrections is None else made.corrections.height
-    OUT.print(f"written to {out}: {count} of its grades are corrected ones", soft_wrap=True)
+    OUT.print(f"written to {out}: {count} of its grades are corrected ones", soft_wrap=True, markup=False)
 
 # %% ../nbs/api/19_cli.ipynb #35411bfd
 @app.command()
@@ -245,7 +246,7 @@ def bench(
             raise ValueError("quality is measured on data: give a folder in the ESCI layout, or `market`")
         contests = [one for one in CONTESTS if data != "market" or one.dataset == "market"]
         print_table(bench_quality(data, out, folds=range(folds), seeds=range(seeds), contests=contests), "against our recipe")
-    OUT.print(f"written to {out}", soft_wrap=True)
+    OUT.print(f"written to {out}", soft_wrap=True, markup=False)
 
 # %% ../nbs/api/19_cli.ipynb #cell-22
 @app.command()

@@ -318,7 +318,8 @@ def mine_annotated(model: SentenceTransformer, task: Task) -> Mined:
     else: annotator = fit_annotator(task.data, hints, folder, CrossRecipe(seed=task.seed), task.backbone, most=3000, progress=False)
     validation = with_similarity(pairs_of(task.data.split("validation")), hints)
     sure = choose_confidence(confidence_table(annotate(annotator, validation).select(PROBABILITIES).to_numpy(), validation["grade"]), WANTED)
-    return relabel(mine_dropped(model, task), task.data, annotator, 1.01 if sure is None else sure, hints=hints)
+    mined = mine_dropped(model, task)
+    return mined if sure is None else relabel(mined, task.data, annotator, sure, hints=hints)
 
 # %% ../nbs/api/16c_contest.ipynb #cell-30
 ARMS: dict[str, Callable[[SentenceTransformer, Task], None]] = {

@@ -11,12 +11,12 @@ __all__ = ['PRODUCT_COLUMNS', 'JUDGMENT_COLUMNS', 'COUNTS', 'SPLITS', 'CORRECTIO
            'plain', 'Plain', 'normalise_query', 'distinct', 'triple_numbers', 'letter_triples', 'least_shared',
            'rarest', 'jaccard', 'near_pairs', 'Likeness', 'likeness', 'query_groups', 'order_groups', 'split_queries',
            'find_leaks', 'checked_products', 'check_known', 'check_split', 'checked_judgments', 'agree', 'leak_notes',
-           'cut_sides', 'settle_split', 'checked_engagement', 'crossing', 'make_data', 'utf8', 'read_csv', 'ragged',
-           'read_jsonl', 'broken_line', 'read_parquet', 'read_table', 'one_of', 'file_source', 'read_own',
-           'first_known', 'tell_apart', 'read_esci', 'with_queries', 'read_wands', 'read_qrels', 'binary_grades',
-           'read_beir', 'Layout', 'detect_layout', 'label_map', 'load_data', 'product_text', 'candidates', 'summarise',
-           'data_text', 'mix_bar', 'judged_line', 'summary_row', 'data_html', 'hash_frame', 'fingerprint_data',
-           'write_frames', 'save_data', 'load_saved']
+           'cut_sides', 'settle_split', 'checked_engagement', 'crossing', 'check_locales', 'make_data', 'utf8',
+           'read_csv', 'ragged', 'stray_quote', 'read_jsonl', 'broken_line', 'read_parquet', 'read_table', 'one_of',
+           'file_source', 'read_own', 'first_known', 'tell_apart', 'read_esci', 'with_queries', 'read_wands',
+           'read_qrels', 'binary_grades', 'read_beir', 'Layout', 'detect_layout', 'label_map', 'load_data',
+           'product_text', 'candidates', 'summarise', 'data_text', 'mix_bar', 'judged_line', 'summary_row', 'data_html',
+           'hash_frame', 'fingerprint_data', 'write_frames', 'save_data', 'load_saved']
 
 # %% ../nbs/api/01_data.ipynb #cell-3
 import csv
@@ -26,6 +26,7 @@ import html
 import io
 import json
 import os
+import re
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -654,6 +655,15 @@ def crossing(
     if not count: return []
     return [Note("judgments cross locales", count, "a search goes through its own locale, not to these products")]
 
+
+def check_locales(judgments: pl.DataFrame, products: pl.DataFrame) -> None:
+    "Raise if queries have a locale in which there is no product."
+    there = products["locale"].unique()
+    lost = judgments.filter(~pl.col("locale").is_in(there.implode()))    # a query without locale goes through all products
+    if there.null_count() or not lost.height: return
+    raise DataError(f"locale {lost['locale'][0]!r} of query {lost['query'][0]!r}: no product has it, they have {sorted(there)} "
+                    f"({lost.height} judgments). Write locales alike in products and judgments")
+
 # %% ../nbs/api/01_data.ipynb #cell-97
 def make_data(
     products: pl.DataFrame,                     # product_id, title, and if known category, brand, description, locale
@@ -673,6 +683,7 @@ def make_data(
     judgments, ratings, rated = agree(judgments)
     if engagement is not None: engagement = checked_engagement(engagement, products, judgments, where["engagement"])
     judgments, moved = settle_split(judgments, seed)
+    check_locales(judgments, products)
     notes = (*notes, *rated, *moved, *crossing(judgments, products))
     return RelevanceData(products, judgments, ratings, engagement, name, notes)
 
@@ -699,7 +710,7 @@ def read_csv(
     content = utf8(path)
     try: frame = pl.read_csv(content, infer_schema=False, separator=separator)
     except pl.exceptions.PolarsError as error:
-        raise DataError(ragged(path, separator) or f"{path.name} cannot be read: {error}") from None
+        raise DataError(ragged(path, separator) or stray_quote(path, separator) or f"{path.name} cannot be read: {error}") from None
     return frame.with_row_index("_row", offset=1).filter(~pl.all_horizontal(pl.exclude("_row").is_null()))
 
 
@@ -713,6 +724,15 @@ def ragged(path: Path, separator: str) -> str:
                 return (f"{path.name}, line {reader.line_num}: {len(fields)} fields where the header has {width}. "
                         "Put quotes around text that contains the separator")
     return ""
+
+
+def stray_quote(path: Path, separator: str) -> str:
+    "Describe the first quote that does not enclose a field; empty if there is none."
+    quoted = re.compile(rf'(?m)(?:^|(?<={separator}))"(?:[^"]|"")*"')    # whole fields, perhaps of several lines
+    rest = quoted.sub(lambda field: "\n" * field[0].count("\n"), path.read_text(encoding="utf-8-sig"))
+    if (at := rest.find('"')) < 0: return ""
+    return (f"{path.name}, line {rest.count(chr(10), 0, at) + 1}: a quote inside a field, or one that is not closed. "
+            'Put quotes around the whole field and write each one inside twice: "6"" pan"')
 
 # %% ../nbs/api/01_data.ipynb #cell-107
 def read_jsonl(
@@ -762,9 +782,11 @@ def read_table(
     "Read one file of a source by its suffix."
     path = Path(source.files[file])
     needed, wanted = list(map(source.column, required)), list(map(source.column, [*required, *optional]))
-    if path.suffix == ".parquet": frame = read_parquet(path, needed, wanted)
-    elif path.suffix == ".jsonl": frame = read_jsonl(path, wanted)
-    else: frame = read_csv(path, source.separator)
+    kind = path.suffix.lower()
+    if kind == ".parquet": frame = read_parquet(path, needed, wanted)
+    elif kind == ".jsonl": frame = read_jsonl(path, wanted)
+    elif source.separator: frame = read_csv(path, source.separator)
+    else: raise DataError(f"{path.name}: a table is a .csv, .tsv, .jsonl or .parquet file. Name it by what it holds")
     need_columns([name for name in frame.columns if name != "_row"], needed, path)
     if not frame.height: raise DataError(f"{path.name} has no rows. Export it again")
     return frame.with_columns(_file=pl.lit(file))
@@ -783,7 +805,7 @@ def one_of(
 
 def file_source(path: Path, columns: Mapping[str, str] | None = None, **kw) -> Source:
     "The source of a single file, by its suffix."
-    return Source((path,), columns or {}, separator={".csv": ",", ".tsv": "\t"}.get(path.suffix), **kw)
+    return Source((path,), columns or {}, separator={".csv": ",", ".tsv": "\t"}.get(path.suffix.lower()), **kw)
 
 # %% ../nbs/api/01_data.ipynb #cell-115
 def read_own(

@@ -545,11 +545,12 @@ def cosine_labels(
 # %% ../nbs/api/02a_judging.ipynb #cell-79
 def human_ceiling(
     data: RelevanceData,
-) -> dict[str, float]:    # as `agreement`, with alpha over all raters, and the number of pairs; empty without ratings
+) -> dict[str, float]:    # as `agreement`, with alpha over all raters, and the number of pairs; empty where no two raters can be compared
     "How well people agree with each other: every two raters of a pair."
     if data.ratings is None: return {}
     rated = data.ratings.select("query_id", "product_id", "rater", "grade")
     two = rated.join(rated, on=["query_id", "product_id"]).filter(pl.col("rater") < pl.col("rater_right"))
+    if two["grade"].append(two["grade_right"]).n_unique() < 2: return {}    # nobody was asked twice, or all say the same
     units = rated.pivot("rater", index=["query_id", "product_id"], values="grade", aggregate_function="first")
     table = units.drop("query_id", "product_id").cast(pl.Float64).to_numpy().T
     alpha = krippendorff.alpha(np.where(np.isnan(table), np.nan, table), level_of_measurement="ordinal")

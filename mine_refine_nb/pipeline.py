@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TINY', 'FULL', 'UPPER', 'PRESETS', 'ANNOTATORS', 'ROWS_OF_EVALUATION', 'LIBRARIES', 'PAIRS_OF_STAGES', 'Preset',
            'scale', 'check_annotator', 'Request', 'cut_corner', 'request_data', 'save_evaluation', 'load_evaluation',
-           'Run', 'open_run', 'load_stage', 'stage_vectors', 'measure_slices', 'keep_index', 'measure', 'evaluations',
-           'save_training', 'training_data', 'run_stage1', 'run_stage2', 'run_judge', 'run_annotator', 'run_mining',
-           'threshold_table', 'compare_stages', 'write_results', 'run_pipeline', 'results_table', 'kept_annotator',
-           'train_and_measure', 'reopen_run', 'production_test']
+           'Run', 'check_grades', 'open_run', 'load_stage', 'stage_vectors', 'measure_slices', 'keep_index', 'measure',
+           'evaluations', 'save_training', 'training_data', 'run_stage1', 'run_stage2', 'run_judge', 'run_annotator',
+           'run_mining', 'threshold_table', 'compare_stages', 'write_results', 'run_pipeline', 'results_table',
+           'kept_annotator', 'train_and_measure', 'reopen_run', 'production_test']
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-3
 import json
@@ -30,8 +30,9 @@ from .annotator import PACKAGED_LLM, AnnotatorRecipe, LocalAnnotator, load_llm
 from .augment import Augmented
 from .augmenting import KINDS, augmented, fitting_recipe, mined_for_copies
 from .cross_encoder import CrossRecipe
-from .data import RelevanceData, load_data
+from .data import DataError, RelevanceData, load_data
 from .encoder import DEFAULT_BACKBONE, Embeddings, check_backbone, embed, load_backbone
+from .grades import Grade
 from .judging import ABOUT, Annotator, read_about
 from .machine import write_json, write_whole
 from .market import build_market, simulate
@@ -206,6 +207,17 @@ class Run:
         write_json(self.folder / "run.json", self.record)
         console.print(f"  {name}: {self.record['seconds'][name]:.0f} s")
 
+# %% ../nbs/api/17_pipeline.ipynb #grades
+def check_grades(data: RelevanceData) -> RelevanceData:
+    "The same data; DataError where a side has no judgment of grade 0 or none of grade 2."
+    for side in ("train", "validation", "test"):
+        held = data.judgments.filter(split=side)["grade"].value_counts()
+        counts = {int(grade): dict(held.iter_rows()).get(grade, 0) for grade in Grade}
+        if not counts[Grade.IRRELEVANT] or not counts[Grade.RELEVANT]:
+            raise DataError(f"{data.name}: {held['count'].sum()} {side} judgments, by grade {counts}: thresholds need irrelevant and "
+                            "relevant ones on each side; add judged queries, or move some there by a column `split`")
+    return data
+
 # %% ../nbs/api/17_pipeline.ipynb #cell-30
 LIBRARIES = ("mine_refine_nb", "torch", "sentence-transformers", "transformers", "faiss-cpu", "polars", "ir-measures")
 
@@ -223,7 +235,7 @@ def open_run(
         raise ValueError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
     if request.endpoint:
         name_annotator(request.annotator, request.endpoint, request.price, request.limit)    # says no before the work
-    data = request_data(request)
+    data = check_grades(request_data(request))
     asked = {key: value for key, value in asdict(request).items() if key not in ("price", "limit")} | {"fingerprint": data.fingerprint, "stage1": asdict(preset.stage1), "stage2": asdict(preset.stage2), "llm": asdict(preset.llm), "cross": asdict(preset.cross)}
     record = {
         "request": json.loads(json.dumps(asked)), "python": platform.python_version(), "seconds": {},
@@ -367,9 +379,9 @@ def run_mining(run: Run) -> None:
         mined = apply_grades(mined, pending)
     elif who != "none":
         measured = json.loads((run.folder / "annotator.json").read_text(encoding="utf-8"))
-        chosen, annotator = measured["confidence"], run_judge(run, measured["spent"])
-        mined = relabel(mined, run.data, annotator, 1.01 if chosen is None else chosen, run.folder / "labels.db",
-                        stage_vectors(run, "pretrained"), run.progress)
+        if (sure := measured["confidence"]) is not None:    # where no confidence is high enough, nobody is asked
+            mined = relabel(mined, run.data, run_judge(run, measured["spent"]), sure, run.folder / "labels.db",
+                            stage_vectors(run, "pretrained"), run.progress)
     mined.save(run.folder / "mined.parquet")
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-52

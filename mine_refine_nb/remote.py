@@ -280,11 +280,11 @@ class Unanswered(Exception):
 
     def __init__(self, reason: str, status: int | None = None):
         super().__init__(reason)
-        self.status = status    # of the response, if there was one
+        self.status = status    # of the response, if there was one; 0 where nobody listens
 
 
 REFUSED = (200, 400, 403, 422)    # statuses by which servers say that they do not offer log-probabilities
-FATAL = {401: "does not accept the key", 402: "has no credit left for this key", 403: "does not allow this",
+FATAL = {0: "cannot be reached", 401: "does not accept the key", 402: "has no credit left for this key", 403: "does not allow this",
          404: "does not know the model or has no such path"}
 
 # %% ../nbs/api/03a_remote.ipynb #cell-46
@@ -305,7 +305,7 @@ def explain(
     if isinstance(error, openai.APITimeoutError):
         return Unanswered(f"no answer within {timeout:g} seconds (tries: {tries})")
     cause = type(error.__cause__ or error).__name__
-    return Unanswered(f"the connection failed: {cause} (tries: {tries})")
+    return Unanswered(f"the connection failed: {cause} (tries: {tries})", 0 if cause == "ConnectError" else None)
 
 # %% ../nbs/api/03a_remote.ipynb #cell-47
 def stop_for(

@@ -753,7 +753,9 @@ def export_onnx(
 ) -> float:   # the lowest cosine
     "Save an encoder with its transformer as ONNX; ValueError, and nothing kept, if the vectors are not the same."
     import_onnxruntime()
-    found = []
+    folder, found = Path(folder), []
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / 'onnx').is_dir():
+        raise ValueError(f'{folder} is there and holds no ONNX export, which would be replaced: choose another folder')
 
     def write(partial: Path) -> None:
         model.save(str(partial), create_model_card=False)

@@ -102,6 +102,24 @@ def test_order_lines_add_up_and_files_are_read(tmp_path):
         assert ab.sessions_of(tmp_path / name).equals(sessions)
 
 
+def test_files_are_read_to_their_end_with_ids_as_text(tmp_path):
+    lines = pl.concat([tiny(dict(value=0.0))] * 200).with_columns(session=pl.int_range(pl.len()).cast(pl.String).str.zfill(4), value=pl.lit("0"))
+    lines = lines.with_columns(value=pl.when(session="0399").then(pl.lit("39.90")).otherwise("value")).drop("user", strict=False)
+    lines.write_csv(tmp_path / "log.csv")
+    sessions = ab.sessions_of(tmp_path / "log.csv")
+    assert sessions["value"].sum() == 39.9 and "0007" in sessions["session"].to_list()
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(DataError, match="empty.csv cannot be read as a log"): ab.sessions_of(tmp_path / "empty.csv")
+
+
+def test_ids_of_the_grades_may_be_numbers(tmp_path):
+    rows = graded(("A", "s1", "7", "1", 1, 1), ("B", "s2", "7", "2", 1, 2))
+    rows.write_csv(tmp_path / "log.csv")
+    more = pl.DataFrame(dict(query_id=[7], product_id=[3], grade=[2]))
+    known = ab.sessions_of(tmp_path / "log.csv", grades=more.cast({"query_id": pl.String, "product_id": pl.String}))["ndcg"].to_list()
+    assert ab.sessions_of(tmp_path / "log.csv", grades=more)["ndcg"].to_list() == known and known[1] < 1
+
+
 def test_shoppers_log_becomes_sessions(market):
     log = shop(market, 400, seed=3).with_columns(arm=pl.when(pl.col("session") % 2 > 0).then(pl.lit("B")).otherwise(pl.lit("A")))
     sessions = ab.sessions_of(log)

@@ -2,6 +2,7 @@
 import copy
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -175,11 +176,15 @@ def test_a_stopped_training_goes_on_to_the_same_end(tiny, tmp_path, monkeypatch)
         patch.setattr(room, "Sweeper", Stop)
         with pytest.raises(KeyboardInterrupt):
             train_annotator(lesson(96, 1), lesson(32, 2), tmp_path / "stopped", tiny, recipe=recipe, progress=False)
-    assert not (tmp_path / "stopped").exists() and (tmp_path / "stopped.training").is_dir()
+    assert not (tmp_path / "stopped").exists() and len(list(tmp_path.glob("stopped.*.training"))) == 1
+    other = train_annotator(lesson(96, 4), lesson(32, 5), tmp_path / "stopped", tiny, recipe=recipe, resume=True, progress=False)    # not from that checkpoint
+    fresh = train_annotator(lesson(96, 4), lesson(32, 5), tmp_path / "fresh", tiny, recipe=recipe, progress=False)
+    assert other.judge(lesson(40, 3)).equals(fresh.judge(lesson(40, 3)))
+    shutil.rmtree(tmp_path / "stopped")
     gone_on = train_annotator(lesson(96, 1), lesson(32, 2), tmp_path / "stopped", tiny, recipe=recipe, resume=True, progress=False)
     test = lesson(40, 3)
     assert gone_on.judge(test).select(PROBABILITIES).to_numpy() == pytest.approx(whole.judge(test).select(PROBABILITIES).to_numpy(), abs=0.05)
-    assert not (tmp_path / "stopped.training").exists()
+    assert not list(tmp_path.glob("stopped.*.training"))
 
 
 def test_names_change_with_what_changes_the_weights():

@@ -124,6 +124,14 @@ def test_each_count_must_be_there_and_not_negative(column):
         with pytest.raises(DataError, match=f"row 1: {what}"): au.audit(small(), spoilt(0, **{column: value}))
 
 
+def test_a_log_that_breaks_off_is_refused(tmp_path):
+    rows = log_of(*GOOD).head(1).to_dicts() * 20_000
+    pl.DataFrame(rows).with_columns(pl.col("clicks").cast(pl.String)).write_csv(tmp_path / "log.csv")
+    text = (tmp_path / "log.csv").read_text().splitlines()
+    (tmp_path / "log.csv").write_text("\n".join([*text, text[-1].replace(rows[0]["query"], "pan,x").replace("70", "seventy")]) + "\n")
+    with pytest.raises(DataError, match="cannot be read to its end.*Correct or remove that row"): au.check_log(au.open_log(tmp_path / "log.csv"), PRODUCTS)
+
+
 def test_the_first_of_several_wrong_rows_is_named():
     rows = log_of(*GOOD).to_dicts()
     for row in rows[1:3]: row["clicks"] = 1000
@@ -1058,7 +1066,7 @@ def test_corrections_make_a_better_folder_that_can_be_audited_again(escalated, s
     again = auditing.audit_files(tmp_path / "fixed", tmp_path / "again")
     assert again["doubted"] < numbers["doubted"] and again["judgments"] == numbers["judgments"]
     with pytest.raises(DataError, match="corrections do not fit"): auditing.correct_folder(tmp_path / "fixed", out / "corrections.parquet", tmp_path / "twice")
-    with pytest.raises(DataError, match="is not saved data"): auditing.correct_folder(shop, out / "corrections.parquet", shop)
+    with pytest.raises(DataError, match="is there and not empty"): auditing.correct_folder(shop, out / "corrections.parquet", shop)
     assert not (tmp_path / "twice").exists()
 
 

@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from mine_refine_nb import cli
 from mine_refine_nb.cli import main
 from mine_refine_nb.data import load_data, query_ids
 from mine_refine_nb.pipeline import HEADLINE, Request, open_run, run_mining
@@ -84,6 +85,11 @@ def dropped(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "dropped"
     call("run", "market", "--out", out, *SMOKE, "--annotator", "none")
     return out
+
+
+def test_brackets_in_titles_and_cells_are_printed():
+    with cli.OUT.capture() as said: cli.print_table([{"product": "tea pot [new]"}], "runs/[old]")
+    assert "tea pot [new]" in said.get() and "runs/[old]" in said.get()
 
 
 def test_mined_pairs_can_be_dropped(dropped):

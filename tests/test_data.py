@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mine_refine_nb.data import (JUDGMENT_COLUMNS, PRODUCT_COLUMNS, DataError, Note, RelevanceData, candidates,
-                                 find_leaks, likeness, load_data, make_data, near_pairs, normalise_query, product_text,
-                                 query_groups, query_ids, split_queries)
+                                 file_source, find_leaks, likeness, load_data, make_data, near_pairs, normalise_query,
+                                 product_text, query_groups, query_ids, read_table, split_queries)
 from mine_refine_nb.grades import consensus
 
 ESCI = Path(__file__).parents[2] / "shared" / "data" / "esci"
@@ -114,6 +114,9 @@ BAD = {    # what is wrong: (file, text to replace, by what, parts of the messag
     "null query": ("judgments", "tetera,9", ",9", ["judgments.csv, row 5 (line 6)", "query is empty"]),
     "too many fields": ("judgments", "tetera,9,2,es", "tetera, grande,9,2,es",
                         ["judgments.csv, line 6: 5 fields", "quotes"]),
+    "quote inside a field": ("products", "9,Tetera azul", '9,Tetera 6" azul', ["products.csv, line 5: a quote inside a field", '"6"" pan"']),
+    "quote not closed": ("products", "8,Blue shoe", '8,"Blue shoe', ["products.csv, line 4", "one that is not closed"]),
+    "no product in a locale": ("judgments", "tetera,9,2,es", "tetera,9,2,ES", ["locale 'ES' of query 'tetera'", "['en', 'es'] (1 judgments)"]),
 }
 
 
@@ -501,6 +504,18 @@ def test_product_text():
                             schema=["product_id", "title", "category", "brand", "description"], orient="row")
     assert product_text(products).to_list() == ["Shoe | A, B | Acme", "Boot"]
     assert product_text(products, fields=("brand", "category"), levels=3)[0] == "Acme | A, B, C"
+
+
+def test_a_catalogue_without_locales_serves_every_locale(tmp_path):
+    products = "\n".join(line.rsplit(",", 1)[0] + "," for line in PRODUCTS.replace("shoe, red\nand", "shoe and").splitlines()).replace("description,", "description,locale")
+    assert load_data(own(tmp_path, products)).judgments["locale"].unique().sort().to_list() == ["en", "es"]
+
+
+def test_files_are_told_apart_by_suffix_in_either_case(tmp_path):
+    (tmp_path / "shop.CSV").write_text("query,title\npan,Lid\n")
+    assert read_table(file_source(tmp_path / "shop.CSV"), ["query"], ["title"])["title"].to_list() == ["Lid"]
+    (tmp_path / "shop.txt").write_text("query,title\npan,Lid\n")
+    with pytest.raises(DataError, match=r"shop.txt: a table is a .csv, .tsv, .jsonl or .parquet file"): read_table(file_source(tmp_path / "shop.txt"), ["query"])
 
 
 def test_crossing_locales_is_noted(tmp_path):

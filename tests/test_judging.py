@@ -211,3 +211,5 @@ def test_human_ceiling_compares_every_two_raters():
     found = judging.human_ceiling(make_data(products, rated, name="two raters"))
     assert found["pairs"] == 3 and found["accuracy"] == pytest.approx(2 / 3) and found["within_one"] == 1
     assert judging.human_ceiling(make_data(products, rated.filter(rater="x"), name="one")) == {}
+    alike = make_data(products, rated.with_columns(grade=pl.lit(2)), name="all say the same")    # no disagreement could be expected
+    assert judging.human_ceiling(alike) == {} == judging.human_ceiling(make_data(products, pl.concat([rated.drop("rater"), rated.drop("rater").head(1)])))

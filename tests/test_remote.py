@@ -268,8 +268,8 @@ def test_nobody_listens():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    labels = annotate(RemoteAnnotator("tiny", f"http://127.0.0.1:{port}/v1", retries=1), pairs(2))
-    assert labels["reason"].to_list() == ["the connection failed: ConnectError (tries: 2)"] * 2
+    with pytest.raises(ValueError, match=rf"{port}/v1 cannot be reached: the connection failed: ConnectError \(tries: 2\)\. Check model"):
+        annotate(RemoteAnnotator("tiny", f"http://127.0.0.1:{port}/v1", retries=1), pairs(2))
 
 
 # -- log-probabilities or structured answers --------------------------------------------------------------------------
@@ -807,6 +807,18 @@ def test_a_run_asks_an_endpoint_within_one_limit(serve, tmp_path):
     assert len(server.seen) - before == 10 == mined.height
     assert KEY not in (run.folder / "run.json").read_text() and "1000,0" not in (run.folder / "run.json").read_text()
     assert open_run(run.folder, run.request, resume=True, progress=False).request.limit == run.request.limit    # a new limit is no new run
+
+
+def test_where_no_confidence_is_enough_nobody_is_asked(serve, tmp_path):
+    from mine_refine_nb.encoder import Embeddings
+    from mine_refine_nb.pipeline import Request, open_run, run_mining
+    server = serve(ok)
+    run = open_run(tmp_path / "run", Request("market", "smoke", annotator="judge", endpoint=server.url), progress=False)
+    unit = np.ones((max(run.data.queries.height, run.data.products.height), 1), np.float32)
+    run.vectors["stage1"] = Embeddings(run.data.queries["query_id"].to_list(), unit[:run.data.queries.height], run.data.products["product_id"].to_list(), unit[:run.data.products.height])
+    (run.folder / "annotator.json").write_text(json.dumps({"confidence": None, "spent": 0.0}))
+    run_mining(run)
+    assert not server.seen and pl.read_parquet(run.folder / "mined.parquet").filter(kind="pending").height
 
 
 def test_a_run_without_a_key_stops_before_any_work(tmp_path, monkeypatch):

@@ -379,7 +379,10 @@ def test_onnx_gives_the_same_vectors(data, tmp_path):
     texts = [*data.queries["query"][:8], *product_text(data.products)[:8], "one " * 100]
     with pytest.raises(ValueError, match="nothing was kept"): serving.export_onnx(model, tmp_path / "model", texts, least=1.1)
     assert not (tmp_path / "model").exists() and not list(tmp_path.iterdir())
-    assert serving.export_onnx(model, tmp_path / "model", texts) > .999
+    (tmp_path / "mine").mkdir(), (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match="holds no ONNX export, which would be replaced"): serving.export_onnx(model, tmp_path / "mine", texts)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    for _ in range(2): assert serving.export_onnx(model, tmp_path / "model", texts) > .999    # an export gives way to a newer one
     loaded = serving.load_onnx(tmp_path / "model", threads=1)
     assert isinstance(loaded[0].model, serving.OnnxBody) and loaded.get_embedding_dimension() == 64
     assert serving.agreement(model, loaded, texts[::-1]) > .999
