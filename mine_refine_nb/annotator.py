@@ -32,13 +32,12 @@ from sentence_transformers.util import get_device_name
 from torch.nn import functional as F
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback,
                           Trainer, TrainerCallback, TrainingArguments)
-from transformers.trainer_utils import get_last_checkpoint
 
 from .data import DataError
 from .grades import Grade, Guideline, guideline_from_dict
 from .judging import (ABOUT, PROBABILITIES, Calibration, Prompt, annotate, calibration_from_dict, check_pairs, check_place, fit_calibration,
                                     judged_rows, language_of, read_about, similarity_deciles)
-from .machine import fast_dtype, give_back_memory, write_json, write_whole
+from .machine import fast_dtype, give_back_memory, last_checkpoint, write_json, write_whole
 
 # %% ../nbs/api/03_annotator.ipynb #cell-7
 PACKAGED_LLM = "SmolLM2-135M-Instruct"
@@ -408,7 +407,7 @@ def fit(annotator: LocalAnnotator, train: pl.DataFrame, validation: pl.DataFrame
                            data_collator=GradeCollator(annotator.tokenizer.pad_token_id or 0), callbacks=[Sweeper()])
     for callback in (ProgressCallback, PrinterCallback): trainer.remove_callback(callback)
     if progress: trainer.add_callback(StepBar)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if resume else None)
     if isinstance(annotator.model, PeftModel): annotator.model.merge_adapter()
     annotator.prefixes.clear()
 

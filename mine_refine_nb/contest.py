@@ -9,9 +9,9 @@ __all__ = ['TERMS', 'WIDE', 'ARMS', 'KINDS', 'FUSION', 'ROOM', 'CONTESTS', 'CUTS
            'CountingCollator', 'train_lists', 'train_stage1_only', 'refined_losses', 'train_two_stages', 'mine_dropped',
            'mine_as_zero', 'mine_annotated', 'trained_weights', 'fresh', 'train_arm', 'best_rate', 'fold_vectors',
            'validation_pairs', 'with_thresholds', 'best_blend', 'measure_arm', 'kept_values', 'rebuild', 'save_part',
-           'part_name', 'run_part', 'Contest', 'contest_data', 'bench_quality', 'one_scale', 'union', 'cut_statistic',
-           'cut_rows', 'verdicts', 'plain', 'cut_values', 'arm_folders', 'main_arm', 'common', 'arm_evaluations',
-           'spent', 'without', 'write_results']
+           'part_name', 'made_of', 'is_kept', 'run_part', 'Contest', 'contest_data', 'bench_quality', 'one_scale',
+           'union', 'cut_statistic', 'cut_rows', 'verdicts', 'plain', 'cut_values', 'arm_folders', 'main_arm', 'common',
+           'arm_evaluations', 'spent', 'without', 'write_results']
 
 # %% ../nbs/api/16c_contest.ipynb #cell-3
 import json
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +83,10 @@ def in_locales(
     locales: Sequence[str | None],    # to keep
 ) -> RelevanceData:
     "The judgments and products of some locales."
-    keep = pl.col("locale").is_in(list(locales), nulls_equal=True)
-    return replace(data, judgments=data.judgments.filter(keep), products=data.products.filter(keep))
+    judgments = data.judgments.filter(pl.col("locale").is_in(list(locales), nulls_equal=True))
+    if None in locales: return replace(data, judgments=judgments)    # such a query goes through the whole catalogue
+    found = pl.col("locale").is_null() | pl.col("locale").is_in(list(locales)) | pl.col("product_id").is_in(judgments["product_id"].implode())
+    return replace(data, judgments=judgments, products=data.products.filter(found))
 
 # %% ../nbs/api/16c_contest.ipynb #lo4
 def asked_only(
@@ -136,9 +139,10 @@ def settings(
     **more,         # further settings of the trainer
 ) -> SentenceTransformerTrainingArguments:
     "The trainer's settings, the same for all arms."
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     return SentenceTransformerTrainingArguments(
         output_dir=str(task.folder), max_steps=steps, per_device_train_batch_size=batch, learning_rate=task.rate, lr_scheduler_type="linear",
-        warmup_steps=max(1, steps // 10), bf16=fast_dtype("cpu") is not None, use_cpu=not torch.cuda.is_available(), seed=task.seed, save_strategy="no", report_to="none",
+        warmup_steps=max(1, steps // 10), bf16=fast_dtype(device) == torch.bfloat16, use_cpu=device == "cpu", seed=task.seed, save_strategy="no", report_to="none",
         disable_tqdm=True, logging_steps=10**9, dataloader_pin_memory=False, **more)
 
 # %% ../nbs/api/16c_contest.ipynb #cell-12-b
@@ -489,6 +493,24 @@ def part_name(
     "The folder's name of one arm in one fold with one seed."
     return f"{dataset} · {arm} · fold {fold} · seed {seed}"
 
+# %% ../nbs/api/16c_contest.ipynb #made
+def made_of(
+    data: RelevanceData,    # one fold, as asked
+    backbone: str,
+    terms: Terms,
+) -> dict:
+    "What a part's numbers depend on, as JSON gives it back."
+    return json.loads(json.dumps(dict(data=data.fingerprint, backbone=backbone, terms=asdict(terms))))
+
+
+def is_kept(folder: Path, wanted: dict) -> bool:
+    "Whether a part is there; ValueError where it was made of something else than is wanted."
+    if not folder.exists(): return False
+    there = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
+    if differing := [name for name, value in wanted.items() if there.get(name) != value]:
+        raise ValueError(f"{folder} was made with other {', '.join(differing)}: choose another --out, or move the folder {folder.parent} away")
+    return True
+
 # %% ../nbs/api/16c_contest.ipynb #cell-41
 def run_part(
     data: RelevanceData,    # one fold
@@ -507,7 +529,7 @@ def run_part(
         model, numbers = best_rate(arm, task)
         found = measure_arm(model, data)
     kept = found if arm == "pretrained" else {name: one for name, one in found.items() if not name.startswith("BM25")}
-    about = dict(dataset=dataset, arm=arm, fold=fold, seed=seed, backbone=backbone, terms=asdict(terms), **numbers)
+    about = dict(dataset=dataset, arm=arm, fold=fold, seed=seed, **made_of(data, backbone, terms), **numbers)
     save_part(parts / part_name(dataset, arm, fold, seed), kept, about)
     return about
 
@@ -549,14 +571,17 @@ def bench_quality(
     tell: Callable[[str], object] = print,
 ) -> list[dict]:    # the table of verdicts
     "Run what is missing of a contest and write its results; a stopped contest goes on."
+    if "pretrained" not in arms: raise ValueError(f"a contest of {', '.join(arms)}: add the arm 'pretrained', which names the folds and seeds that count")
     parts = Path(out).with_suffix(".parts")
     for contest in contests:
-        data, wanted = None, [(seed, fold, arm) for seed in seeds for fold in folds for arm in arms]
-        for seed, fold, arm in wanted:
-            if (parts / part_name(contest.dataset, arm, fold, seed)).exists(): continue
-            data = load(source, contest.dataset) if data is None else data
-            about = run_part(asked_only(fold_data(data, fold), contest.asked), contest.dataset, arm, fold, seed, contest.backbone, contest.terms, parts)
-            tell(f"{part_name(contest.dataset, arm, fold, seed)}: validation {about['objective']:.4f}, {about['seconds']:.0f} s")
+        data = load(source, contest.dataset)
+        for seed, fold in product(seeds, folds):
+            part, terms = asked_only(fold_data(data, fold), contest.asked), (contest.backbone, contest.terms)
+            for arm in arms:
+                name = part_name(contest.dataset, arm, fold, seed)
+                if is_kept(parts / name, made_of(part, *terms)): continue
+                about = run_part(part, contest.dataset, arm, fold, seed, *terms, parts)
+                tell(f"{name}: validation {about['objective']:.4f}, {about['seconds']:.0f} s")
     return write_results(parts, out)
 
 # %% ../nbs/api/16c_contest.ipynb #cell-46

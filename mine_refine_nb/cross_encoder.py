@@ -30,7 +30,6 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import get_last_checkpoint
 
 from .annotator import StepBar, Sweeper
 from .data import DataError, product_text
@@ -38,7 +37,7 @@ from .encoder import DEFAULT_BACKBONE, load_backbone
 from .grades import DEFAULT_GUIDELINE, Grade, Guideline, guideline_from_dict
 from .judging import (ABOUT, PROBABILITIES, Calibration, as_data, calibration_from_dict, check_pairs, check_place,
                                     fit_calibration, judged_rows, read_about, unjudgeable)
-from .machine import fast_dtype, write_json, write_whole
+from .machine import fast_dtype, last_checkpoint, write_json, write_whole
 
 # %% ../nbs/api/07a_cross_encoder.ipynb #cell-6
 @dataclass(frozen=True)
@@ -290,8 +289,7 @@ def train_cross(
     dataset = cross_dataset(train, recipe, model.tokenizer.all_special_tokens)
     checkpoints = checkpoint_folder(folder, dataset, backbone, recipe)
     if not resume: shutil.rmtree(checkpoints, ignore_errors=True)
-    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    cross_trainer(model, dataset, recipe, checkpoints, progress).train(resume_from_checkpoint=last)
+    cross_trainer(model, dataset, recipe, checkpoints, progress).train(resume_from_checkpoint=last_checkpoint(checkpoints))
     annotator = CrossAnnotator("", model.requires_grad_(True).eval(), recipe, guideline)
     annotator.calibration = cross_calibration(annotator, validation)
     annotator.name = cross_name(backbone, annotator)

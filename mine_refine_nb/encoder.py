@@ -7,9 +7,10 @@ __all__ = ['HEADER', 'HEADER_FIELDS', 'SILENT', 'SPACES', 'TILDE', 'STAND_IN', '
            'E5_PROMPTS', 'DEFAULT_BACKBONE', 'FAMILY_PROMPTS', 'PACKAGED', 'read_header', 'read_vocabulary',
            'build_tokenizer', 'dequantise', 'read_tensors', 'bert_name', 'build_bert', 'load_packaged_e5',
            'principal_directions', 'add_heads', 'load_packaged_minilm', 'check_backbone', 'load_backbone', 'Embeddings',
-           'tokens_of', 'length_batches', 'encode', 'embed', 'with_similarity']
+           'tokens_of', 'length_batches', 'encode', 'embed', 'pair_scores', 'with_similarity']
 
 # %% ../nbs/api/07_encoder.ipynb #cell-3
+import re
 import struct
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -237,7 +238,8 @@ def load_backbone(
         model = SentenceTransformer(str(name), trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load backbone {str(name)!r} ({error}); without a hub take one of {', '.join(PACKAGED)}") from error
-    family = next((prompts for part, prompts in FAMILY_PROMPTS.items() if part in str(name).split("/")[-1].lower()), {})
+    words = re.split(r"[-_.]", str(name).rstrip("/").split("/")[-1].lower())    # `multilingual-e5-base` is of the family, `minilm-lr2e5` is not
+    family = next((prompts for part, prompts in FAMILY_PROMPTS.items() if part in words and "instruct" not in words), {})
     model.prompts = {side: model.prompts.get(side) or family.get(side, "") for side in ("query", "document")}
     return model
 
@@ -313,6 +315,20 @@ def embed(
         products=encode(model, product_text(data.products).to_list(), "document", batch_size, progress),
     )
 
+# %% ../nbs/api/07_encoder.ipynb #pair
+def pair_scores(
+    queries: np.ndarray,   # [n, d] unit rows
+    products: np.ndarray,  # [c, d] unit rows
+    left: np.ndarray,      # [p] query row of each pair
+    right: np.ndarray,     # [p] product row of each pair
+) -> np.ndarray:  # float64 [p]
+    "Exact scores of given pairs."
+    scores = np.empty(len(left))
+    for at in range(0, len(left), 1024):
+        one, other = queries[left[at:at + 1024]], products[right[at:at + 1024]]
+        scores[at:at + 1024] = np.einsum("pd,pd->p", one.astype(np.float64), other.astype(np.float64))
+    return scores
+
 # %% ../nbs/api/07_encoder.ipynb #cell-59
 def with_similarity(
     pairs: pl.DataFrame,  # query_id, product_id
@@ -326,5 +342,4 @@ def with_similarity(
     lost = pairs.filter(rows.select(pl.any_horizontal(pl.all().is_null())).to_series())
     if lost.height:
         raise ValueError(f"{lost.height} pairs were not embedded (first: query_id {lost['query_id'][0]}, product_id {lost['product_id'][0]}); embed their data")
-    cosines = np.einsum("nd,nd->n", emb.queries[rows["query_id"].to_numpy()], emb.products[rows["product_id"].to_numpy()])
-    return pairs.with_columns(similarity=pl.Series(cosines, dtype=pl.Float64))
+    return pairs.with_columns(similarity=pl.Series(pair_scores(emb.queries, emb.products, *(rows[name].to_numpy() for name in rows.columns))))

@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 
 from .data import RelevanceData, candidates
-from .encoder import Embeddings
+from .encoder import Embeddings, pair_scores
 from .grades import UNJUDGED, Grade
 
 # %% auto #0
@@ -27,10 +27,10 @@ __all__ = ['SCORE_STEPS', 'Statistic', 'HEADLINE', 'WEIGHTS', 'REGRET', 'OPTIMA'
            'boundary_metrics', 'exponential_gains', 'ranking_measures', 'rank_metrics', 'top_k', 'search_catalogue',
            'judged_pairs', 'condensed_run', 'query_metrics', 'listed_queries', 'summarise', 'definitions', 'Evaluation',
            'locale_metrics', 'evaluate_run', 'evaluate', 'mean_statistic', 'running_sum', 'auc_statistic',
-           'overlap_statistic', 'check_comparable', 'pooled_statistic', 'metric_statistic', 'difference_test', 'holm',
-           'compare', 'pair_weights', 'list_cuts', 'one_and_own', 'deal_anew', 'list_regret', 'query_regret',
-           'score_cells', 'cell_masses', 'cell_measures', 'boundary_separation', 'regret_statistic', 'boundary_draws',
-           'separation', 'compare_separation']
+           'overlap_statistic', 'check_comparable', 'pooled_statistic', 'metric_statistic', 'interval',
+           'difference_test', 'holm', 'compare', 'pair_weights', 'list_cuts', 'one_and_own', 'deal_anew', 'list_regret',
+           'query_regret', 'score_cells', 'cell_masses', 'cell_measures', 'boundary_separation', 'regret_statistic',
+           'boundary_draws', 'separation', 'compare_separation']
 
 # %% ../nbs/api/08_metrics.ipynb #cell-9
 def _sides(
@@ -319,10 +319,7 @@ def judged_pairs(
     product_at = {p: i for i, p in enumerate(emb.product_ids)}
     pairs = data.judgments.select('query_id', 'product_id', 'locale', 'grade')
     left, right = [query_at[q] for q in pairs['query_id']], [product_at[p] for p in pairs['product_id']]
-    scores = [np.einsum('nd,nd->n', emb.queries[left[at:at + 8192]], emb.products[right[at:at + 8192]])
-              for at in range(0, len(pairs), 8192)]
-    steps = np.rint(np.concatenate(scores) * SCORE_STEPS).astype(np.float64)
-    return pairs.with_columns(score=pl.Series(steps / SCORE_STEPS))
+    return pairs.with_columns(score=pl.Series(np.rint(pair_scores(emb.queries, emb.products, left, right) * SCORE_STEPS) / SCORE_STEPS))
 
 # %% ../nbs/api/08_metrics.ipynb #cell-63
 def condensed_run(
@@ -639,6 +636,16 @@ def _draw(
         return np.concatenate([statistic(np.concatenate([w[:, i:i + block] for w in weights]).astype(np.float64))
                                for i in range(0, max(1, weights[0].shape[1]), block)], axis=-1)
 
+# %% ../nbs/api/08_metrics.ipynb #interval
+def interval(
+    drawn: np.ndarray,     # [draws] of a bootstrap, NaN where a draw has no value
+    level: float = 0.95,
+) -> tuple[float, float]:  # NaN where most draws have no value, or where one query decides whether there is one
+    "Percentile interval of bootstrap values."
+    told = drawn[~np.isnan(drawn)]
+    if 2 * len(told) < len(drawn) or len(told) < len(drawn) and np.ptp(told) < 1e-12: return np.nan, np.nan
+    return tuple(np.quantile(told, [(1 - level) / 2, (1 + level) / 2]).tolist())
+
 # %% ../nbs/api/08_metrics.ipynb #cell-108
 def difference_test(
     statistic: Statistic,   # as from `metric_statistic`
@@ -651,7 +658,9 @@ def difference_test(
     a, b = _draw(statistic, one, 0 * one)[0], _draw(statistic, 0 * one, one)[0]
     if np.isnan(b - a): return dict(a=a, b=b, difference=b - a, low=np.nan, high=np.nan, p=np.nan)
     drawn = _draw(statistic, none, counts) - _draw(statistic, counts, none)
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    if (counts == counts[:1]).all(): drawn[:] = np.nan    # one query, or copies of it: it says nothing about others
+    low, high = interval(drawn, level)
+    if np.isnan(low): return dict(a=a, b=b, difference=b - a, low=low, high=high, p=np.nan)
     permuted = _draw(statistic, swaps, 1 - swaps) - _draw(statistic, 1 - swaps, swaps)
     extreme = np.abs(permuted) >= abs(b - a) - 1e-12      # the same difference must not be lost to rounding
     return dict(a=a, b=b, difference=b - a, low=low, high=high, p=(1 + extreme.sum()) / (1 + len(extreme)))

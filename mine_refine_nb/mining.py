@@ -18,7 +18,7 @@ import polars as pl
 import torch
 
 from .data import RelevanceData, candidates, product_text
-from .encoder import Embeddings, with_similarity
+from .encoder import Embeddings, pair_scores, with_similarity
 from .grades import UNJUDGED, Grade
 from .judging import PROBABILITIES, Annotator, annotate, pairs_of
 from .machine import fast_dtype, write_whole
@@ -27,10 +27,10 @@ from .metrics import SCORE_STEPS
 # %% auto #0
 __all__ = ['ROWS', 'NOISE', 'REASONS', 'REPORT', 'PLAIN', 'lengths', 'check_vectors', 'order_keys', 'read_keys', 'rescore',
            'coarse', 'bound_last', 'as_lists', 'shortlist', 'search_all', 'build_index', 'search', 'list_catalogue',
-           'count_before', 'pair_scores', 'exact_ranks', 'rank_judged', 'first_reason', 'boundary_tests',
-           'hard_samples', 'pending_samples', 'count_removed', 'score_table', 'short_queries', 'advice', 'MiningReport',
-           'report_parts', 'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'assemble', 'check_labels',
-           'apply_grades', 'relabel', 'unsure_rows', 'hidden_truth', 'save_mined', 'load_mined', 'recall_against_flat']
+           'count_before', 'exact_ranks', 'rank_judged', 'first_reason', 'boundary_tests', 'hard_samples',
+           'pending_samples', 'count_removed', 'score_table', 'short_queries', 'advice', 'MiningReport', 'report_parts',
+           'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'assemble', 'check_labels', 'apply_grades',
+           'relabel', 'unsure_rows', 'hidden_truth', 'save_mined', 'load_mined', 'recall_against_flat']
 
 # %% ../nbs/api/11_mining.ipynb #cell-9
 ROWS = dict(query_id=pl.String, query=pl.String, product_id=pl.String, grade=pl.Int8, kind=pl.String, score=pl.Float64,
@@ -243,20 +243,6 @@ def count_before(
     above, reach = np.count_nonzero(row > high), row >= low
     if np.count_nonzero(reach) == above: return above
     return above + int((exact(np.flatnonzero(reach & (row <= high))) > key).sum())
-
-# %% ../nbs/api/11_mining.ipynb #cell-43
-def pair_scores(
-    queries: np.ndarray,   # [n, d] unit rows
-    products: np.ndarray,  # [c, d] unit rows
-    left: np.ndarray,      # [p] query row of each pair
-    right: np.ndarray,     # [p] product row of each pair
-) -> np.ndarray:  # float64 [p]
-    "Exact scores of given pairs."
-    scores = np.empty(len(left))
-    for at in range(0, len(left), 1024):
-        one, other = queries[left[at:at + 1024]], products[right[at:at + 1024]]
-        scores[at:at + 1024] = np.einsum('pd,pd->p', one.astype(np.float64), other.astype(np.float64))
-    return scores
 
 # %% ../nbs/api/11_mining.ipynb #cell-45
 def exact_ranks(

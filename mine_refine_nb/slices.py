@@ -16,14 +16,14 @@ from sentence_transformers import SentenceTransformer
 from .data import RelevanceData, normalise_query
 from .encoder import Embeddings, encode
 from .market import mistype, volume_band
-from .metrics import Evaluation, check_comparable, Statistic, difference_test, evaluate, holm, listed_queries, metric_statistic
+from .metrics import Evaluation, check_comparable, Statistic, difference_test, evaluate, holm, interval, listed_queries, metric_statistic
 from .augment import typing_language
 
 # %% auto #0
 __all__ = ['TRIES', 'BANDS', 'WATCHED', 'source_of', 'typos_of', 'Twin', 'misspelled_twin', 'unseen_products', 'query_volume',
            'query_bands', 'Slice', 'listed_part', 'only_queries', 'make_slices', 'twin_about', 'with_twin', 'part_of',
-           'evaluate_slices', 'query_draws', 'one_per_seed', 'mean_of', 'bootstrap', 'interval', 'slice_table',
-           'slice_differences', 'won_back']
+           'evaluate_slices', 'query_draws', 'one_per_seed', 'mean_of', 'bootstrap', 'slice_table', 'slice_differences',
+           'won_back']
 
 # %% ../nbs/api/08a_slices.ipynb #cell-4
 def source_of(
@@ -104,8 +104,8 @@ def query_volume(
     queries = data.queries.select('query_id', 'query', 'locale', 'judged')
     if volume is not None: found, by = queries.join(volume.select('query_id', 'volume'), on='query_id', how='left', maintain_order='left'), 'volume'
     elif data.engagement is not None:
-        asked = data.engagement.group_by('query').agg(volume=pl.col('impressions').sum())
-        found, by = queries.join(asked, on='query', how='left', maintain_order='left'), 'impressions'
+        asked = data.engagement.group_by('query_id').agg(volume=pl.col('impressions').sum())
+        found, by = queries.join(asked, on='query_id', how='left', maintain_order='left'), 'impressions'
     else: found, by = queries.with_columns(volume='judged'), 'judgments'
     return found.select('query_id', 'locale', pl.col('volume').cast(pl.Float64).fill_null(0.0)), by
 
@@ -232,19 +232,16 @@ def bootstrap(
     "A metric, and what it could have been."
     seeds = one_per_seed(evaluation)
     statistic, draws = mean_of([metric_statistic(metric, one, one) for one in seeds]), query_draws(seeds[0], n, seed)[0]
-    draws = np.concatenate([np.ones((len(draws), 1)), draws], axis=1)
+    alone, draws = (draws == draws[:1]).all(), np.concatenate([np.ones((len(draws), 1)), draws], axis=1)
     with np.errstate(invalid='ignore', divide='ignore'):
-        return np.concatenate([statistic(np.concatenate([part, np.zeros_like(part)]))
-                               for part in (draws[:, at:at + block] for at in range(0, n + 1, block))])
+        found = np.concatenate([statistic(np.concatenate([part, np.zeros_like(part)]))
+                                for part in (draws[:, at:at + block] for at in range(0, n + 1, block))])
+    if alone: found[1:] = np.nan    # one query says nothing about others
+    return found
 
 # %% ../nbs/api/08a_slices.ipynb #cell-49
 WATCHED = ('ndcg@10', 'auc_2', 'auc_1')
 
-
-def interval(draws: np.ndarray, level: float) -> tuple[float | None, float | None]:
-    "Percentile interval of bootstrap values; None where most draws have none."
-    if np.isnan(draws).mean() > 0.5: return None, None
-    return tuple(np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 # %% ../nbs/api/08a_slices.ipynb #cell-51
 def slice_table(
@@ -262,7 +259,7 @@ def slice_table(
                 value, *draws = bootstrap(one, metric, n, seed)
                 low, high = interval(np.array(draws), level)
                 rows.append(dict(slice=name, model=model, metric=metric, queries=one_per_seed(one)[0].counts['queries'], value=value, low=low, high=high))
-    return pl.DataFrame(rows, infer_schema_length=None).with_columns(pl.col('value').fill_nan(None))
+    return pl.DataFrame(rows, infer_schema_length=None).with_columns(pl.selectors.float().fill_nan(None))
 
 # %% ../nbs/api/08a_slices.ipynb #cell-54
 def slice_differences(
@@ -303,4 +300,4 @@ def won_back(
         with np.errstate(invalid='ignore', divide='ignore'): share = (remedied - typed) / (clean - typed)
         low, high = interval(share[1:], level)
         rows.append(dict(metric=metric, clean=clean[0], misspelled=typed[0], after=remedied[0], loss=clean[0] - typed[0], share=share[0], low=low, high=high))
-    return pl.DataFrame(rows)
+    return pl.DataFrame(rows).with_columns(pl.selectors.float().fill_nan(None))

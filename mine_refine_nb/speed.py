@@ -88,8 +88,9 @@ def apart(
 # %% ../nbs/api/16b_speed.ipynb #cell-13
 def trainer_settings(folder: str, steps: int, batch: int, **more) -> SentenceTransformerTrainingArguments:
     "Settings that both sides share."
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     return SentenceTransformerTrainingArguments(
-        output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-5, bf16=fast_dtype("cpu") is not None, use_cpu=not torch.cuda.is_available(),
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-5, bf16=fast_dtype(device) == torch.bfloat16, use_cpu=device == "cpu",
         save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**9, dataloader_pin_memory=False, **more)
 
 # %% ../nbs/api/16b_speed.ipynb #cell-15

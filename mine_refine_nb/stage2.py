@@ -41,6 +41,8 @@ def with_mined(
 ) -> RelevanceData:  # train judgments and the newly graded pairs
     "Add what was graded after mining to the training lists; human judgments win where both exist."
     graded = mined.rows.filter(pl.col("grade") != UNJUDGED).with_columns(split=pl.lit("train"))
+    held = graded.filter(pl.col("query_id").is_in(data.judgments.filter(pl.col("split") != "train")["query_id"].implode()))
+    if held.height: raise ValueError(f"{held.height} mined pairs are of validation or test queries (first: {held['query'][0]!r}): mine the split 'train'")
     new = graded.join(data.judgments, on=["query_id", "product_id"], how="anti").select(data.judgments.columns)
     return replace(data, judgments=pl.concat([data.judgments, new.cast(dict(data.judgments.schema))]))
 

@@ -383,7 +383,7 @@ def bootstrap_sums(
     return np.concatenate([rng.multinomial(queries, np.full(queries, 1 / queries), size=size) @ sums for size in sizes])
 
 # %% ../nbs/api/12b_thresholds.ipynb #cell-74
-BEARING = dict(precision=[0, 2], recall=[0, 1], balanced=[0, 1])    # columns of `query_sums` that a wish rests on
+BEARING = dict(precision=[[0, 2]], recall=[[0, 1]], balanced=[[0, 1], [2, 3]])    # columns of `query_sums` that a wish rests on, side by side
 
 # %% ../nbs/api/12b_thresholds.ipynb #cell-76
 def check_part(
@@ -398,7 +398,8 @@ def check_part(
     if pairs is None: return dict(wanted=wanted, reads='unknown')
     sums, given = query_sums(pairs, cut), cut.prevalence if cut.prevalence_given else None
     rates, measure = cut_rates(sums.sum(axis=0), given), Wish(cut.wish, cut.wanted).measure
-    bearing = int((sums[:, BEARING[cut.wish]].sum(axis=1) > 0).sum())
+    sides = BEARING['balanced' if given is not None and cut.wish == 'precision' else cut.wish]    # a given share weighs hits and false alarms
+    bearing = min(int((sums[:, side].sum(axis=1) > 0).sum()) for side in sides)
     out = dict(queries=len(sums), bearing=bearing, pairs=len(pairs), wanted=wanted)
     out |= {k: rates[k] for k in ('prevalence', 'precision', 'recall')}
     if bearing < least: return out | dict(reads=f'fewer than {least} queries')

@@ -10,6 +10,7 @@ __all__ = ['HARD_WEIGHT', 'OBJECTIVE', 'PRIOR', 'TOLERANCE', 'query_lists', 'is_
            'choose_blend', 'keep_blend', 'without_dropout', 'written_out', 'build_trainer', 'train']
 
 # %% ../nbs/api/09_training.ipynb #cell-3
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -27,12 +28,11 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .data import RelevanceData, product_text
 from .encoder import embed, tokens_of
 from .grades import UNJUDGED, Grade
-from .machine import fast_dtype
+from .machine import fast_dtype, last_checkpoint
 from .metrics import evaluate
 
 # %% ../nbs/api/09_training.ipynb #cell-6
@@ -489,6 +489,7 @@ def train(
     progress: bool = True,  # show a bar
 ) -> pl.DataFrame:  # history: step, name, value
     "Train on query lists with graded losses; the best step by validation, then a blend with the start."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ValueError("lists are trained in one process, which a launcher for several would split unevenly: start it with python")
     sample, checkpoints = validation_sample(data, seed=recipe.seed), Path(folder) / "checkpoints"
     evaluator = GradedEvaluator(sample) if sample.judgments.height else None
     model.max_seq_length = recipe.max_length
@@ -498,7 +499,7 @@ def train(
     start = evaluator(model) if evaluator else {}
     trainer = build_trainer(model, data, ScoreMatrixLoss(model, losses, weights), recipe, checkpoints, evaluator, hard, progress)
     with written_out(model):
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None)
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if resume else None)
     log = [{f"eval_{name}": value for name, value in start.items()} | {"step": 0}, *trainer.state.log_history]
     if evaluator:
         found = keep_blend(model, before, start["objective"], evaluator)

@@ -14,6 +14,7 @@ from mine_refine_nb import contest
 from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, asked_only, bench_quality, best_blend, best_rate, common, contest_data, cut_statistic, fold_data, fold_of, main_arm, one_scale,
                                     part_name, rebuild, save_part, searched, train_arm, union, verdicts, with_thresholds, write_results)
 from mine_refine_nb.data import query_groups
+from mine_refine_nb.machine import write_json
 from mine_refine_nb.market import simulate
 from mine_refine_nb.metrics import boundary_auc, evaluate
 from mine_refine_nb.encoder import Embeddings
@@ -181,7 +182,8 @@ def test_a_stopped_contest_loses_one_arm(market, tmp_path, monkeypatch):
             done.append("CoSENT")
             raise KeyboardInterrupt
         done.append((arm, fold))
-        fake_part(parts, market, arm, fold, fold)
+        made = fake_part(parts, market, arm, fold, fold) / "numbers.json"
+        write_json(made, json.loads(made.read_text()) | contest.made_of(data, backbone, terms))
         return dict(objective=0.5, seconds=1.0)
     monkeypatch.setattr(contest, "run_part", part)
     asked = dict(arms=("pretrained", "CoSENT", "ours, stage 1"), folds=(0, 1), seeds=(0,), contests=[Contest("market")], load=lambda *_: market, tell=lambda _: None)
@@ -190,6 +192,11 @@ def test_a_stopped_contest_loses_one_arm(market, tmp_path, monkeypatch):
     monkeypatch.setattr(contest, "write_results", lambda parts, out: sorted(path.name for path in Path(parts).iterdir()))
     assert len(bench_quality("", tmp_path / "q.json", **asked)) == 6
     assert done[2:] == [("CoSENT", 0), ("ours, stage 1", 0), ("pretrained", 1), ("CoSENT", 1), ("ours, stage 1", 1)]
+    other = replace(market, products=market.products.with_columns(title=pl.col("title") + "!"))
+    with pytest.raises(ValueError, match="was made with other data: choose another --out"): bench_quality("", tmp_path / "q.json", **asked | dict(load=lambda *_: other))
+    with pytest.raises(ValueError, match="was made with other backbone, terms"):
+        bench_quality("", tmp_path / "q.json", **asked | dict(contests=[Contest("market", "multilingual-e5-small", contest.ROOM)]))
+    with pytest.raises(ValueError, match="add the arm 'pretrained'"): bench_quality("", tmp_path / "q.json", **asked | dict(arms=("MNRL",)))
 
 
 def test_a_part_is_whole_or_absent(tmp_path):
@@ -258,6 +265,8 @@ def test_measuring_leaves_out_what_no_query_finds(languages, market):
     asked = searched(asked_only(fold_data(languages, 0), ("es",)))
     assert set(asked.products["locale"]) == set(asked.judgments["locale"]) == {"es"}
     assert asked.products.equals(languages.products.filter(locale="es"))
+    free = replace(languages, products=languages.products.with_columns(locale=pl.when(pl.col("locale") == "en").then(None).otherwise("locale")))
+    assert set(searched(asked_only(fold_data(free, 0), ("es",))).products["locale"]) == {None, "es"}    # a product without locale is for all
     whole = searched(fold_data(market, 0))
     assert whole.products.equals(market.products) and len(whole.judgments) == len(market.judgments)
 

@@ -99,6 +99,12 @@ def test_code_in_a_model_folder_is_never_run(minilm, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name, prompt", [("minilm-lr2e5", ""), ("exp_3e51", ""), ("multilingual-e5-large-instruct", ""), ("multilingual-e5-base", "query: "), ("e5", "query: ")])
+def test_prompts_of_a_family_go_to_its_models_alone(minilm, tmp_path, name, prompt):
+    minilm.save(str(tmp_path / name))
+    assert load_backbone(tmp_path / name).prompts["query"] == prompt
+
+
 @pytest.mark.parametrize("name", ["multilingual-e5-smal", "", "a/b/c", "."])
 def test_unknown_backbone_names_the_known_ones(name):
     with pytest.raises(ValueError, match="all-MiniLM-L6-v2"):

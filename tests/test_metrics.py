@@ -449,11 +449,24 @@ def test_p_value_agrees_with_scipy():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 11))
     swaps = np.array(list(np.ndindex(*(2,) * 11))).T                            # every swap there is
-    mine = difference_test(mean_statistic(np.concatenate([a, b])), np.ones((11, 2), dtype=int), swaps)
+    mine = difference_test(mean_statistic(np.concatenate([a, b])), rng.multinomial(11, np.full(11, 1 / 11), size=2).T, swaps)
     theirs = permutation_test((a, b), lambda x, y, axis: np.mean(y - x, axis=axis), permutation_type='samples',
                               n_resamples=np.inf, vectorized=True)
     assert mine['difference'] == pytest.approx(theirs.statistic)
     assert (mine['p'] * (2**11 + 1) - 1) / 2**11 == pytest.approx(theirs.pvalue)
+
+
+def test_one_query_has_no_interval():
+    "However many copies of it there are, and if only one of several has the metric."
+    alone = difference_test(mean_statistic(np.array([.2, .5])), np.ones((1, 99), dtype=int), np.zeros((1, 99)))
+    assert alone["difference"] == pytest.approx(.3) and np.isnan([alone["low"], alone["high"], alone["p"]]).all()
+    rng = np.random.default_rng(0)
+    copies = np.repeat(rng.multinomial(1, [1.], size=99).T, 2, axis=0)
+    assert np.isnan(difference_test(mean_statistic(np.array([.2, .4, .5, .7])), copies, copies)["p"])
+    counts = rng.multinomial(3, np.full(3, 1 / 3), size=99).T
+    assert np.isnan(difference_test(mean_statistic(np.array([np.nan, .2, np.nan, np.nan, .5, np.nan])), counts, np.zeros((3, 99)))["low"])
+    same = difference_test(mean_statistic(np.array([.1, .2, .3] * 2)), counts, rng.integers(0, 2, (3, 99)))
+    assert (same["low"], same["high"], same["p"]) == pytest.approx((0, 0, 1))
 
 
 def simulate(times, queries=40, draws=199, effect=0., seed=0):

@@ -120,9 +120,17 @@ def test_unseen_products_are_unseen(shop):
 
 def test_volume_comes_from_the_best_source(market, shop):
     assert query_volume(shop, market.intents)[1] == "volume" and query_volume(shop)[1] == "judgments"
-    log = pl.DataFrame(dict(query=shop.queries["query"], product_id=shop.products["product_id"][0], impressions=range(len(shop.queries)), clicks=0, add_to_carts=0, purchases=0))
+    log = pl.DataFrame(dict(query_id=shop.queries["query_id"], query=shop.queries["query"], product_id=shop.products["product_id"][0], impressions=range(len(shop.queries)), clicks=0, add_to_carts=0, purchases=0))
     asked, by = query_volume(replace(shop, engagement=log))
     assert by == "impressions" and asked["volume"].to_list() == [float(i) for i in range(len(shop.queries))]
+
+
+def test_a_text_asked_in_two_locales_has_two_volumes():
+    products = pl.DataFrame(dict(product_id=["a", "b"], title=["phone", "teléfono"], locale=["us", "es"]))
+    judged = pl.DataFrame(dict(query=["iphone"] * 2, product_id=["a", "b"], grade=[2, 2], locale=["us", "es"], split=["test"] * 2))
+    log = pl.DataFrame(dict(query=["iphone"] * 2, product_id=["a", "b"], impressions=[1000, 1], clicks=0, add_to_carts=0, purchases=0, locale=["us", "es"]))
+    asked = query_volume(make_data(products, judged, engagement=log))[0]
+    assert dict(asked.select("locale", "volume").iter_rows()) == {"us": 1000, "es": 1}
 
 
 def test_bands_are_thirds_of_the_traffic(market, shop):

@@ -204,6 +204,9 @@ def test_stage_two_takes_mined_judgments_more_often_and_leaves_pending_out(marke
     mined = mine(vectors, market, "train")
     pending = mined.rows.filter(pl.col("grade") == UNJUDGED)
     assert pending.height and with_mined(market, mined).judgments.equals(market.judgments)
+    held = market.split("validation").judgments["query_id"][0]
+    with pytest.raises(ValueError, match="1 mined pairs are of validation or test queries .* mine the split 'train'"):
+        with_mined(market, replace(mined, rows=mined.rows.head(1).with_columns(query_id=pl.lit(held), grade=pl.lit(1, pl.Int8))))
     lists = query_lists(market.split("train").judgments, market.products, mined.rows.filter(pl.col("grade") != UNJUDGED))
     hard = {(r["query_id"], market.products["product_id"][p]) for r in lists for p, h in zip(r["products"], r["hard"]) if h}
     assert hard == set(mined.rows.filter(pl.col("grade") != UNJUDGED).select("query_id", "product_id").iter_rows())
