@@ -176,13 +176,14 @@ def name_annotator(
     endpoint: str | None = None,  # base address
     price: str | None = None,  # per million tokens in and out, as "0.15,0.60"
     limit: float | None = None,  # most to spend
+    ledger: Path | None = None,  # file of what was spent, see `RemoteAnnotator`
 ) -> Annotator:
     "The annotator that these words mean."
     if not endpoint and (price or limit is not None):
         raise ValueError("--price and --limit are for a model at --endpoint: name the endpoint, or leave them out")
     if endpoint:
         prices = read_prices(price) if price else None
-        asked = RemoteAnnotator(model, endpoint, prices=prices, limit=limit)
+        asked = RemoteAnnotator(model, endpoint, prices=prices, limit=limit, ledger=ledger)
         read_key(asked.key)    # says no before any work
         return asked
     if (Path(model) / ABOUT).exists():

@@ -340,16 +340,12 @@ def run_stage2(run: Run) -> None:
     save_training(run, "stage2", model, history)
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-49-judge
-def run_judge(
-    run: Run,
-    spent: float = 0.0,  # of the limit so far
-) -> Annotator:
+def run_judge(run: Run) -> Annotator:
     "The run's annotator: trained by the run, saved before, or at an endpoint with what is left of the limit."
     asked = run.request
     if asked.annotator in ANNOTATORS:
         return open_annotator(run.folder / "annotator")
-    left = None if asked.limit is None else asked.limit - spent
-    return name_annotator(asked.annotator, asked.endpoint, asked.price, left)
+    return name_annotator(asked.annotator, asked.endpoint, asked.price, asked.limit, run.folder / "spent.json")
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-49
 def run_annotator(run: Run) -> None:
@@ -380,7 +376,7 @@ def run_mining(run: Run) -> None:
     elif who != "none":
         measured = json.loads((run.folder / "annotator.json").read_text(encoding="utf-8"))
         if (sure := measured["confidence"]) is not None:    # where no confidence is high enough, nobody is asked
-            mined = relabel(mined, run.data, run_judge(run, measured["spent"]), sure, run.folder / "labels.db",
+            mined = relabel(mined, run.data, run_judge(run), sure, run.folder / "labels.db",
                             stage_vectors(run, "pretrained"), run.progress)
     mined.save(run.folder / "mined.parquet")
 

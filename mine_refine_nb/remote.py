@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'AS_OBJECT', 'MODES', 'REFUSED', 'FATAL', 'Token', 'Position', 'Logprobs', 'Message', 'Choice', 'Usage',
-           'Reply', 'grade_probabilities', 'Verdict', 'Bill', 'expected_usage', 'enter_usage', 'Pace',
-           'RemoteAnnotator', 'check_settings', 'remote_name', 'read_key', 'open_client', 'Desk', 'Unanswered',
+           'Reply', 'grade_probabilities', 'Verdict', 'Bill', 'open_bill', 'keep_bill', 'expected_usage', 'enter_usage',
+           'Pace', 'RemoteAnnotator', 'check_settings', 'remote_name', 'read_key', 'open_client', 'Desk', 'Unanswered',
            'explain', 'stop_for', 'book', 'settle', 'ask', 'read_reply', 'check_choice', 'by_logprobs', 'read_vote',
            'by_votes', 'opinion', 'answer', 'answer_all', 'run_apart', 'judge_remote', 'finetune_lines',
            'shared_queries', 'finetune_report', 'write_finetune']
@@ -35,6 +35,7 @@ from scipy.special import logsumexp, softmax
 from .data import DataError, normalise_query
 from .grades import Grade, Guideline
 from .judging import Calibration, Prompt, as_data, check_pairs, judged_rows, unjudgeable
+from .machine import write_json
 
 # %% ../nbs/api/03a_remote.ipynb #cell-7
 class Token(BaseModel):
@@ -124,6 +125,21 @@ class Bill:
     def fits(self, expected: Usage) -> bool:
         return self.limit is None or self.cost([*self.booked, expected]) <= self.limit
 
+# %% ../nbs/api/03a_remote.ipynb #ledger
+def open_bill(
+    prices: tuple[float, float] | None,
+    limit: float | None,
+    ledger: Path | None,    # JSON file; need not be there yet
+) -> Bill:
+    "A bill that goes on from its file, or a new one."
+    used = json.loads(ledger.read_text(encoding="utf-8")) if ledger and ledger.exists() else {}
+    return Bill(prices or (0.0, 0.0), limit, **used)
+
+
+def keep_bill(bill: Bill, ledger: Path | None) -> None:
+    "Write what was used to its file, if there is one."
+    if ledger: write_json(ledger, {name: getattr(bill, name) for name in ("answers", "input_tokens", "output_tokens")})
+
 # %% ../nbs/api/03a_remote.ipynb #cell-19
 def expected_usage(
     bill: Bill,
@@ -184,6 +200,7 @@ class RemoteAnnotator:
     retries: int = 5    # of a request that failed in a way that may pass
     prices: tuple[float, float] | None = None    # per million tokens of input and of output
     limit: float | None = None    # most to spend, in the currency of the prices
+    ledger: Path | None = field(default=None, repr=False)    # JSON file of the tokens so far, for a limit that outlives a kill
     bill: "Bill" = field(init=False, repr=False)
     pace: "Pace" = field(init=False, repr=False)
     settled: str | None = field(default=None, init=False, repr=False)    # what 'auto' found: logprobs or structured
@@ -191,7 +208,7 @@ class RemoteAnnotator:
 
     def __post_init__(self):
         check_settings(self)
-        self.bill, self.pace = Bill(self.prices or (0.0, 0.0), self.limit), Pace(self.per_minute)
+        self.bill, self.pace = open_bill(self.prices, self.limit, self.ledger), Pace(self.per_minute)
 
     @property
     def name(self) -> str: return remote_name(self)
@@ -202,7 +219,9 @@ class RemoteAnnotator:
     @property
     def spent(self) -> float: return self.bill.spent
 
-    def judge(self, pairs: pl.DataFrame) -> pl.DataFrame: return judge_remote(self, pairs)
+    def judge(self, pairs: pl.DataFrame) -> pl.DataFrame:
+        try: return judge_remote(self, pairs)
+        finally: keep_bill(self.bill, self.ledger)
 
 # %% ../nbs/api/03a_remote.ipynb #cell-32
 MODES = ("auto", "logprobs", "structured")

@@ -264,6 +264,15 @@ def test_time_out(serve):
     assert server.titles().count("mouse 01") == 2
 
 
+def test_a_stopped_batch_is_on_the_bill(serve, tmp_path):
+    def stops(body, nth): return (401, {}) if nth > 3 else ok(body, nth)
+    server = serve(stops)
+    with pytest.raises(ValueError, match="does not accept the key"):
+        annotate(annotator(server, prices=(2.0, 8.0), in_flight=1, ledger=tmp_path / "spent.json"), pairs(8))
+    again = annotator(server, prices=(2.0, 8.0), limit=1.0, ledger=tmp_path / "spent.json")
+    assert again.bill.answers > 0 and again.spent > 0
+
+
 def test_nobody_listens():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -807,6 +816,11 @@ def test_a_run_asks_an_endpoint_within_one_limit(serve, tmp_path):
     assert len(server.seen) - before == 10 == mined.height
     assert KEY not in (run.folder / "run.json").read_text() and "1000,0" not in (run.folder / "run.json").read_text()
     assert open_run(run.folder, run.request, resume=True, progress=False).request.limit == run.request.limit    # a new limit is no new run
+    assert json.loads((run.folder / "spent.json").read_text())["answers"] == len(server.seen)
+    (run.folder / "mined.parquet").unlink()
+    before = len(server.seen)
+    run_mining(run)    # as after a kill: nothing of the limit is left, and what was answered is in the store
+    assert len(server.seen) == before and pl.read_parquet(run.folder / "mined.parquet").filter(pl.col("source").str.contains("judge")).height == 10
 
 
 def test_where_no_confidence_is_enough_nobody_is_asked(serve, tmp_path):
