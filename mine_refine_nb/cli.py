@@ -281,12 +281,13 @@ def search(
     locale: Annotated[str | None, typer.Option(help="Search only this locale's products.")] = None,
     least: Annotated[int | None, typer.Option(help="Leave out what scores under this grade's threshold.")] = None,
     stage: Annotated[str, typer.Option(help="pretrained, stage1 or stage2.")] = "stage2",
+    normalised: Annotated[bool, typer.Option("--normalised", help="Take off what a query scores anyway; thresholds and probabilities are of what is left.")] = False,
 ) -> None:
     "The best products of a run's catalogue for a query: score, probability of each grade, verdict."
     quiet_libraries()
     from mine_refine_nb.serving import open_searcher
 
-    answer = open_searcher(folder, stage, progress=True).search(query, k, locale, least)
+    answer = open_searcher(folder, stage, progress=True, normalised=normalised).search(query, k, locale, least)
     if answer.frame.height:
         print_table(answer.frame.to_dicts(), query)
     OUT.print(answer.message, markup=False, soft_wrap=True)

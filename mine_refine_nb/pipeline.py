@@ -7,8 +7,8 @@ __all__ = ['TINY', 'FULL', 'UPPER', 'PRESETS', 'ANNOTATORS', 'ROWS_OF_EVALUATION
            'scale', 'check_annotator', 'Request', 'cut_corner', 'request_data', 'save_evaluation', 'load_evaluation',
            'Run', 'check_grades', 'open_run', 'load_stage', 'stage_vectors', 'measure_slices', 'keep_index', 'measure',
            'evaluations', 'save_training', 'training_data', 'run_stage1', 'run_stage2', 'run_judge', 'run_annotator',
-           'run_mining', 'threshold_table', 'compare_stages', 'write_results', 'run_pipeline', 'results_table',
-           'kept_annotator', 'train_and_measure', 'reopen_run', 'production_test']
+           'run_mining', 'checked_scale', 'threshold_table', 'compare_stages', 'write_results', 'run_pipeline',
+           'results_table', 'kept_annotator', 'train_and_measure', 'reopen_run', 'production_test']
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-3
 import json
@@ -39,6 +39,7 @@ from .market import build_market, simulate
 from .metrics import HEADLINE, Evaluation, compare, evaluate
 from .mining import Mined, apply_grades, mine, relabel
 from .report import write_report
+from .normalising import fit_norm, normalised
 from .serving import STAGES, build_products, catalogue_fingerprint, encoder_fingerprint, stage_encoder
 from .slices import evaluate_slices, make_slices, misspelled_twin, slice_table, with_twin
 from .stage1 import STAGE1, train_stage1
@@ -381,11 +382,23 @@ def run_mining(run: Run) -> None:
     mined.save(run.folder / "mined.parquet")
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-52
+def checked_scale(
+    run: Run,
+    validation: Evaluation,
+    test: Evaluation,
+) -> dict:    # JSON-safe
+    "Thresholds and calibrator from validation, and how the thresholds did on test."
+    chosen = choose_thresholds(validation.pairs)
+    return chosen.to_dict() | {"test": check_thresholds(chosen, test.pairs, run.data.products, known_volume(run.data)).to_dicts()}
+
+
 def threshold_table(run: Run) -> dict:
-    "Per stage: thresholds and calibrator from validation, and how the thresholds did on test."
-    chosen = {stage: choose_thresholds(one.pairs) for stage, one in evaluations(run, "validation").items()}
-    tested, volume = evaluations(run), known_volume(run.data)
-    return {stage: one.to_dict() | {"test": check_thresholds(one, tested[stage].pairs, run.data.products, volume).to_dicts()} for stage, one in chosen.items()}
+    "Per stage: the scale of its scores, and of normalised ones with the norm."
+    tested, out = evaluations(run), {}
+    for stage, known in evaluations(run, "validation").items():
+        norm = fit_norm(known)[0]
+        out[stage] = checked_scale(run, known, tested[stage]) | {"normalised": {"norm": norm.to_dict()} | checked_scale(run, normalised(known, norm), normalised(tested[stage], norm))}
+    return out
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-54
 PAIRS_OF_STAGES = (("pretrained", "stage1"), ("stage1", "stage2"), ("pretrained", "stage2"))

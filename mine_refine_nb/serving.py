@@ -33,6 +33,7 @@ from .machine import write_json, write_whole
 from .metrics import (SCORE_STEPS, evaluate, judged_pairs, listed_queries, query_metrics, search_catalogue,
                                     summarise)
 from .mining import build_index
+from .normalising import QueryNorm
 from .thresholds import Calibrator
 
 # %% auto #0
@@ -552,6 +553,7 @@ class Searcher:
     data: RelevanceData               # whose products are searched
     cuts: tuple[float, ...] | None = None   # thresholds of grade 1 and of grade 2, ascending
     calibrator: Calibrator | None = None    # score to probabilities
+    norm: QueryNorm | None = None           # what is taken off a query's scores; thresholds and calibrator are of what is left
 
     def __post_init__(self):
         if self.index.product_ids.tolist() != self.data.products['product_id'].to_list():
@@ -607,8 +609,9 @@ def answer(
     "The best products for a query and what their scores mean."
     check_search(self, query, k, locale, least)
     pool = candidates(self.data, locale)
-    names, scores = self.index.search(encode(self.model, [query], 'query'), k, pool)
+    names, scores = self.index.search(encode(self.model, [query], 'query'), max(k, self.norm.depth) if self.norm else k, pool)
     scores = scores[0][names[0] != None]   # noqa: E711 elementwise; fewer products than k
+    scores = (self.norm.scores(scores) if self.norm else scores)[:k]
     cut = self.cuts[least - 1] if least else None
     message = found_text(scores, cut, Grade(least or 0), len(pool))
     kept = scores if cut is None else scores[scores >= cut]
@@ -642,19 +645,22 @@ def stage_encoder(
 def read_scale(
     folder: Path,   # of a run
     stage: str,     # a key of `STAGES`
-) -> tuple[tuple[float, ...] | None, Calibrator | None]:   # thresholds ascending, calibrator; None where the run has none
+    normalised: bool = False,    # the scale of normalised scores
+) -> tuple[tuple[float, ...] | None, Calibrator | None, QueryNorm | None]:   # thresholds ascending, calibrator, norm; None where the run has none
     "What a run's scores mean, from its thresholds.json."
     file = folder / 'thresholds.json'
     scale = json.loads(file.read_text(encoding='utf-8')).get(stage) if file.exists() else None
-    if scale is None: return None, None
-    calibrator = scale.get('calibrator') and Calibrator.from_dict(scale['calibrator'])
-    return tuple(sorted(scale[f'grade >= {grade}']['threshold'] for grade in (1, 2))), calibrator
+    if scale is None: return None, None, None
+    if normalised: scale = scale['normalised']
+    calibrator, norm = scale.get('calibrator') and Calibrator.from_dict(scale['calibrator']), scale.get('norm') and QueryNorm.from_dict(scale['norm'])
+    return tuple(sorted(scale[f'grade >= {grade}']['threshold'] for grade in (1, 2))), calibrator, norm
 
 # %% ../nbs/api/13_serving.ipynb #cell-89
 def open_searcher(
     folder: str | Path,         # of a run, or its `model` folder
     stage: str = 'stage2',      # a key of `STAGES`
     progress: bool = False,     # show a bar if the catalogue has to be encoded
+    normalised: bool = False,   # take off what a query scores anyway, with the thresholds that go with it
 ) -> Searcher:
     "A searcher over a run's catalogue; its vectors are kept in the run's folder."
     folder = Path(folder).parent if Path(folder).name == 'model' else Path(folder)
@@ -668,7 +674,7 @@ def open_searcher(
     data = load_saved(folder / 'data', engagement=False)
     model = stage_encoder(folder, stage, request, data)
     index = kept_index(folder / 'index' / stage, model, data.products, progress)
-    return Searcher(model, index, data, *read_scale(folder, stage))
+    return Searcher(model, index, data, *read_scale(folder, stage, normalised))
 
 # %% ../nbs/api/13_serving.ipynb #cell-91
 def import_onnxruntime() -> ModuleType:

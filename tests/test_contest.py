@@ -33,12 +33,15 @@ def vectors(data, seed):
     return Embeddings(data.queries["query_id"].to_list(), rows[0], data.products["product_id"].to_list(), rows[1])
 
 
-def fake_part(parts, data, arm, fold, seed, objective=0.5, blended=False):
+def fake_part(parts, data, arm, fold, seed, objective=0.5, normalised=None):
     part = fold_data(data, fold, 2).split("test")
     one = evaluate(vectors(part, seed), part, "test")
-    found = {f"{side}{kind}": one for kind in contest.KINDS for side in ("BM25, ", "hybrid, ")}
-    found |= {f"{side}{kind}": replace(one, pairs=with_thresholds(one.pairs, one.pairs)) for kind in contest.KINDS for side in ("", "blend, ")[:1 + blended]}
-    return save_part(parts / part_name("market", arm, fold, 0), found, dict(seconds=1.0, texts=10, pairs=20, rate=1e-5, objective=objective, arm=arm))
+    found = {contest.named(way, kind): one for kind in contest.KINDS for way in ("BM25", "hybrid")}
+    found |= {contest.named(way, kind): replace(one, pairs=with_thresholds(one.pairs, one.pairs)) for kind in contest.KINDS for way in contest.WAYS}
+    for way in contest.WAYS:
+        said = objective if normalised is None or "normalised" not in way else normalised
+        found[contest.named(way, "validation")] = replace(one, values=one.values | dict.fromkeys(contest.OBJECTIVE, said))
+    return save_part(parts / part_name("market", arm, fold, 0), found, dict(seconds=1.0, texts=10, pairs=20, rate=1e-5, arm=arm))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,14 @@ def test_validation_names_our_main_arm(market, tmp_path):
     assert main_arm(arm_folders(tmp_path)["market"]) == "ours, no mining"
 
 
+def test_each_way_has_a_main_arm_of_its_own(market, tmp_path):
+    for arm, plain, normalised in (("pretrained", 0.5, 0.5), ("ours, stage 1", 0.7, 0.8), ("ours, no mining", 0.75, 0.76)): fake_part(tmp_path / "q.parts", market, arm, 0, 0, plain, normalised)
+    write_results(tmp_path / "q.parts", tmp_path / "q.json", n=20)
+    found = json.loads((tmp_path / "q.json").read_text())["market"]
+    assert found["ours"] == {"": "ours, no mining", "blend": "ours, no mining", "normalised": "ours, stage 1", "normalised blend": "ours, stage 1"}
+    assert "normalised of ours, no mining" in {row["other"] for row in found["clean"]["verdicts"]["normalised"]}
+
+
 def test_verdicts_count_all_comparisons(parts):
     arms = {arm: union(folders, "clean") for arm, folders in common(arm_folders(parts)["market"]).items()}
     table = verdicts(arms, "ours, stage 1", n=100)
@@ -170,8 +181,8 @@ def test_cuts_are_measured_as_elsewhere(parts):
 def test_results_are_plain_json(parts, tmp_path):
     rows = write_results(parts, tmp_path / "quality.json", n=20)
     found = json.loads((tmp_path / "quality.json").read_text())["market"]
-    assert found["ours"] == "ours, stage 1" and found["cost"]["MNRL"]["texts"] == 10
-    assert {"BM25", "hybrid of pretrained", "MNRL"} <= set(found["clean"]["values"]) and len(rows) == 2 * len(found["clean"]["verdicts"])
+    assert set(found["ours"].values()) == {"ours, stage 1"} and found["cost"]["MNRL"]["texts"] == 10
+    assert {"BM25", "hybrid of pretrained", "MNRL", "normalised blend of MNRL"} <= set(found["clean"]["values"]) and len(rows) == 2 * len(found["clean"]["verdicts"][""])
     assert {"global_f1_2", "global_bacc_1"} <= set(found["clean"]["values"]["MNRL"]) and "global_f1_2" not in found["clean"]["values"]["BM25"]
 
 
@@ -228,22 +239,29 @@ def test_blends_are_measured_by_thresholds_of_validation_and_not_of_test(market,
     monkeypatch.setattr(contest, "with_thresholds", lambda pairs, validation: asked.append(set(validation["query_id"])) or real(pairs, validation))
     monkeypatch.setattr(contest, "encode", lambda model, texts, side: vectors(data, len(texts)).queries[np.arange(len(texts)) % len(data.queries)])
     found = contest.measure_arm(None, data)
-    assert set(found) == {f"{side}{kind}" for kind in contest.KINDS for side in ("", "blend, ", "BM25, ", "hybrid, ")}
+    names = {contest.named(way, kind) for kind in contest.KINDS for way in contest.WAYS}
+    assert set(found) == names | {contest.named(way, kind) for kind in contest.KINDS for way in ("BM25", "hybrid")} | {contest.named(way, "validation") for way in contest.WAYS}
     validation = set(data.split("validation").queries["query_id"])
-    assert len(asked) == 4 and all(queries == validation for queries in asked)
-    assert {name for name, one in found.items() if "above_2" in one.pairs.columns} == {"clean", "misspelled", "blend, clean", "blend, misspelled"}
+    assert len(asked) == 8 and all(queries == validation for queries in asked)
+    assert {name for name, one in found.items() if "above_2" in one.pairs.columns} == names
 
 
-def test_a_blend_is_an_arm_where_every_fold_has_it(market, tmp_path):
-    for arm, blended in (("pretrained", (True, True)), ("MNRL", (True, False)), ("ours, stage 1", (True, True))):
-        for fold in (0, 1): fake_part(tmp_path / "q.parts", market, arm, fold, fold, blended=blended[fold])
-    arms = arm_evaluations(common(arm_folders(tmp_path / "q.parts")["market"]), "clean")
-    assert {name for name in arms if name.startswith("blend")} == {"blend of pretrained", "blend of ours, stage 1"}
-    write_results(tmp_path / "q.parts", tmp_path / "q.json", n=20)
-    found = json.loads((tmp_path / "q.json").read_text())["market"]["clean"]
-    assert {row["other"] for row in found["blended"]} == {"pretrained", "MNRL", "ours, stage 1", "BM25", "blend of pretrained"}
-    assert {row["other"] for row in found["verdicts"]} == {"pretrained", "MNRL", "BM25", "hybrid of pretrained", "hybrid of ours, stage 1"}
-    assert "global_f1_2" in found["values"]["blend of pretrained"]
+def test_normalised_scores_are_asked_at_normalised_thresholds(market):
+    known, asked = (evaluate(vectors(market, seed), market, None) for seed in (0, 1))
+    found = contest.both_scales("blend", known, {"clean": asked})
+    assert set(found) == {"blend, validation", "blend, clean", "normalised blend, validation", "normalised blend, clean"}
+    assert found["blend, validation"] is known and found["normalised blend, clean"].values["ndcg@10"] == asked.values["ndcg@10"]
+    for way in ("blend", "normalised blend"):
+        one = found[f"{way}, clean"].pairs
+        assert one.equals(with_thresholds(one.drop("above_1", "above_2"), found[f"{way}, validation"].pairs))
+    assert not found["normalised blend, clean"].pairs["score"].equals(asked.pairs["score"])
+
+
+def test_ways_are_compared_with_plain_arms_and_with_the_same_way(parts, tmp_path):
+    arms = arm_evaluations(common(arm_folders(parts)["market"]), "clean")
+    plain = {"pretrained", "MNRL", "ours, stage 1", "BM25"}
+    assert set(contest.rivals(arms, "")) == plain | {"hybrid of pretrained", "hybrid of ours, stage 1"}
+    for way in contest.WAYS[1:]: assert set(contest.rivals(arms, way)) == plain | {f"{way} of {arm}" for arm in plain - {"BM25"}}
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +332,6 @@ def test_the_overview_tells_the_results():
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in overview.splitlines() if " · " in line}
     for dataset, told in zip(("us", "es+jp", "market"), zip(*rows.values()), strict=True):
         arms, values = [*rows][:-2], found[dataset]["clean"]["values"]
-        for arm, cell in zip([*arms, found[dataset]["ours"], f"blend of {found[dataset]['ours']}"], told, strict=True):
+        for arm, cell in zip([*arms, found[dataset]["ours"][""], f"blend of {found[dataset]['ours']['blend']}"], told, strict=True):
             if cell == "not measured": assert arm not in values
             else: assert cell == " · ".join(f"{values[arm][name]:.3f}".lstrip("0") for name in ("ndcg@10", "auc_2", "auc_1")), (dataset, arm)
