@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import polars as pl
+from scipy.special import logsumexp
 
 from .grades import UNJUDGED
 from .metrics import Evaluation, boundary_metrics, locale_metrics, summarise
@@ -30,8 +31,7 @@ def log_partition(
 ) -> np.ndarray:           # [...], in units of the score; at least the best score
     "A query's smooth best score, `temperature * log(sum(exp(scores / temperature)))`."
     if not temperature > 0: raise ValueError(f'temperature must be above 0, got {temperature}')
-    best = scores.max(axis=-1, keepdims=True)
-    return best[..., 0] + temperature * np.log(np.exp((scores - best) / temperature).sum(axis=-1))
+    return temperature * logsumexp(np.asarray(scores) / temperature, axis=-1)
 
 # %% ../nbs/api/12e_normalising.ipynb #qn-10
 def query_partitions(

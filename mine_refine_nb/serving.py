@@ -650,6 +650,8 @@ def read_scale(
     "What a run's scores mean, from its thresholds.json."
     file = folder / 'thresholds.json'
     scale = json.loads(file.read_text(encoding='utf-8')).get(stage) if file.exists() else None
+    if normalised and 'normalised' not in (scale or {}):
+        raise ValueError(f'{file} has no scale of normalised scores for {stage}: it is of an earlier version or an unfinished run; run again, or search without normalising')
     if scale is None: return None, None, None
     if normalised: scale = scale['normalised']
     calibrator, norm = scale.get('calibrator') and Calibrator.from_dict(scale['calibrator']), scale.get('norm') and QueryNorm.from_dict(scale['norm'])

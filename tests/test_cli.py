@@ -67,6 +67,9 @@ def test_a_run_leaves_what_the_contract_names(folder):
     assert record["request"]["seed"] == 0 and len(record["seconds"]) == 9 and record["versions"]["torch"]
     thresholds = json.loads((folder / "thresholds.json").read_text())
     assert thresholds["stage2"]["grade >= 1"]["threshold"] <= thresholds["stage2"]["grade >= 2"]["threshold"] + 0.2
+    for stage in ("pretrained", "stage1", "stage2"):
+        normed = thresholds[stage]["normalised"]
+        assert 0 <= normed["norm"]["share"] <= 1 and {"grade >= 1", "grade >= 2", "calibrator", "test"} <= set(normed)
 
 
 def test_the_annotator_is_measured_beside_what_costs_nothing(folder):
@@ -172,6 +175,8 @@ def test_search_answers_with_scores_and_verdicts(folder):
     shown = call("search", folder, "phone case", "-k", 3, "--locale", "en").stdout
     assert "verdict" in shown and "case" in shown.lower()
     assert call("search", folder / "model", "phone case", "-k", 3, "--locale", "en").stdout == shown
+    normed = call("search", folder, "phone case", "-k", 3, "--locale", "en", "--normalised").stdout
+    assert normed != shown and len(ids := re.findall(r"p\d{5}", shown)) == 3 and re.findall(r"p\d{5}", normed) == ids
     assert "holds no run" in call("search", folder / "nothing", "x", code=2).stderr
     assert "empty" in call("search", folder, " ", code=2).stderr
 

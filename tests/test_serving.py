@@ -17,6 +17,7 @@ from mine_refine_nb.data import product_text
 from mine_refine_nb.encoder import embed
 from mine_refine_nb.market import simulate
 from mine_refine_nb.metrics import evaluate
+from mine_refine_nb.normalising import QueryNorm
 from mine_refine_nb.serving import ProductIndex, Searcher, open_searcher
 from mine_refine_nb.thresholds import fit_calibrator
 
@@ -332,6 +333,7 @@ def run_folder(data, model, emb, tmp_path):
     model.save(str(tmp_path / "model"), create_model_card=False)
     cut = {"grade >= 1": {"threshold": .6}, "grade >= 2": {"threshold": .5}}   # crossed, as happens where the grades overlap
     scale = {"stage2": cut | {"calibrator": fit_calibrator(pairs["score"], pairs["grade"]).to_dict()}, "stage1": cut}
+    scale["stage2"]["normalised"] = scale["stage2"] | {"norm": QueryNorm(.05, .5, .6).to_dict()}
     (tmp_path / "thresholds.json").write_text(json.dumps(scale))
     (tmp_path / "run.json").write_text(json.dumps({"request": {"backbone": "all-MiniLM-L6-v2", "dim": None, "seed": 0}}))
     return tmp_path
@@ -349,6 +351,27 @@ def test_a_run_is_searched(run_folder, searcher, data, monkeypatch):
     assert answer.frame["product_id"].to_list() == searcher.search(data.queries["query"][0], 5, "en").frame["product_id"].to_list()
     assert np.allclose(answer.frame.select(pl.sum_horizontal("p0", "p1", "p2")).to_series(), 1)
     assert (run_folder / "index" / "stage2" / "about.json").exists()
+
+
+def test_a_norm_changes_scores_and_no_order(run_folder, data):
+    query = data.queries["query"][0]
+    plain, normed = open_searcher(run_folder), open_searcher(run_folder, normalised=True)
+    assert plain.norm is None and normed.norm == QueryNorm(.05, .5, .6)
+    deep = plain.search(query, normed.norm.depth, "en").frame["score"].to_numpy()
+    for k in (1, 5):
+        before, after = (one.search(query, k, "en").frame for one in (plain, normed))
+        assert after["product_id"].to_list() == before["product_id"].to_list() and len(after) == k
+        assert np.allclose(after["score"], normed.norm.scores(deep)[:k])    # as deep as the norm looks, however few are asked for
+        assert not np.allclose(after["p2"], before["p2"])
+    top = normed.search(query, 1, "en").frame["score"][0]
+    assert len(replace(normed, cuts=(top - .01, top + .01)).search(query, 5, "en", least=1)) >= 1
+    assert "no good match" in replace(normed, cuts=(top - .01, top + .01)).search(query, 5, "en", least=2).message
+
+
+def test_a_run_without_a_norm_says_so(run_folder):
+    with pytest.raises(ValueError, match="no scale of normalised scores for pretrained"): serving.read_scale(run_folder, "pretrained", True)
+    (run_folder / "thresholds.json").unlink()
+    with pytest.raises(ValueError, match="no scale of normalised scores for stage2"): open_searcher(run_folder, normalised=True)
 
 
 def test_what_is_no_run(run_folder, tmp_path):
