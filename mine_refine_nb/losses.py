@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUPCON_CITATION', 'CIRCLE_CITATION', 'check_batch', 'repeated_products', 'resolve_grades', 'masked_logsumexp',
-           'positive_weights', 'mean_or_parts', 'supcon_per_query', 'SupConTarget', 'supcon_targets', 'supcon_loss',
-           'circle_exponent', 'CircleTerm', 'circle_terms', 'circle_z', 'circle_loss', 'in_blocks', 'GradedLoss',
-           'LabelAwareSupConLoss', 'MultiClassCircleLoss']
+           'positive_weights', 'mean_or_parts', 'supcon_per_query', 'SupConTarget', 'supcon_targets', 'look_relevant',
+           'supcon_loss', 'circle_exponent', 'CircleTerm', 'circle_terms', 'circle_z', 'circle_loss', 'in_blocks',
+           'GradedLoss', 'LabelAwareSupConLoss', 'MultiClassCircleLoss']
 
 # %% ../nbs/api/06_losses.ipynb #cell-2
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,11 +88,11 @@ def masked_logsumexp(
 def _choice(
     name: str,  # setting, for the message
     value: str,  # what was given
-    options: tuple[str, str],  # what is possible
-) -> bool:  # True for the second option
-    "Read a setting with two named values."
+    options: tuple[str, ...],  # what is possible
+) -> int:  # place among the options
+    "Read a setting with named values."
     if value not in options: raise ValueError(f'{name} must be one of {options}, got {value!r}')
-    return value == options[1]
+    return options.index(value)
 
 # %% ../nbs/api/06_losses.ipynb #cell-25
 def positive_weights(
@@ -158,6 +158,17 @@ def supcon_targets(
     return [SupConTarget({g: 1.0 for g in range(k, len(shares) + 1)}, share)
             for k, share in enumerate(shares, 1) if share]
 
+# %% ../nbs/api/06_losses.ipynb #guard-code
+def look_relevant(
+    scores: Tensor,  # similarities [queries, products]
+    grades: Tensor,  # grades [queries, products], -1 for unjudged
+    relevant: Iterable[int] = (2,),  # grades that count as relevant
+) -> Tensor:  # bool [queries, products]
+    "Unjudged products that score above the median of their query's relevant ones; none where it has no relevant one."
+    own = torch.isin(grades, torch.tensor(list(relevant), device=grades.device))
+    middle = scores.detach().masked_fill(~own, torch.nan).nanmedian(1, keepdim=True).values
+    return (grades == UNJUDGED) & (scores.detach() > middle)
+
 # %% ../nbs/api/06_losses.ipynb #cell-38
 def supcon_loss(
     scores: Tensor,  # similarities [queries, products]
@@ -168,7 +179,7 @@ def supcon_loss(
     cumulative: bool = False,  # one contrast per grade boundary, positives at or above it
     boundary_weights: Sequence[float] | None = None,  # lambda per boundary (K-1 numbers); None is 1 each
     form: str = 'out',  # 'out' averages over positives outside the logarithm, 'in' inside
-    unjudged: str = 'mask',  # 'mask' leaves unjudged pairs out, 'negative' contrasts against them
+    unjudged: str = 'mask',  # 'mask' leaves unjudged pairs out, 'negative' contrasts against them, 'guarded' unless they look relevant
     product_ids: Tensor | None = None,  # product number per column [products]: repeats count once
     parts: bool = False,  # return sum and number of queries, see `in_blocks`
 ) -> Tensor | tuple[Tensor, Tensor]:  # scalar, float32 or wider: mean over the queries that have a positive
@@ -177,7 +188,9 @@ def supcon_loss(
     if not temperature > 0: raise ValueError(f'temperature must be above 0, got {temperature}')
     targets = supcon_targets(top, positives, cumulative, boundary_weights)
     inside = _choice('form', form, ('out', 'in'))
-    resolved = resolve_grades(grades, _choice('unjudged', unjudged, ('mask', 'negative')), product_ids)
+    strict = _choice('unjudged', unjudged, ('mask', 'negative', 'guarded'))
+    resolved = resolve_grades(grades, strict > 0, product_ids)
+    if strict == 2 and targets: resolved = resolved.masked_fill(look_relevant(scores, grades, targets[-1].weights), UNJUDGED)
     x = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature
     log_total, counted = masked_logsumexp(x, resolved >= 0)
     total, counted = log_total * 0, torch.zeros_like(counted)
@@ -392,7 +405,7 @@ class LabelAwareSupConLoss(GradedLoss):
         cumulative: bool = False,  # one contrast per grade boundary
         boundary_weights: Sequence[float] | None = None,  # lambda per boundary; None is 1 each
         form: str = 'out',  # 'out' or 'in'
-        unjudged: str = 'mask',  # 'mask' or 'negative'
+        unjudged: str = 'mask',  # 'mask', 'negative' or 'guarded'
     ):
         if positives is not None: positives = positive_weights(positives)
         super().__init__(supcon_loss, dict(temperature=temperature, positives=positives, cumulative=cumulative,

@@ -44,15 +44,15 @@ def gradient(loss, scores, grades):
 
 # ---- the oracle: what the definitions say, one pair at a time ----
 
-def counted_pairs(scores, grades, unjudged_as_zero, product_ids):
-    "The (score, grade) pairs of one query that count: each product once, judged columns before unjudged ones."
+def counted_pairs(scores, grades, unjudged_as_zero, product_ids, limit=math.inf):
+    "The (score, grade) pairs of one query that count: each product once, judged columns before unjudged ones, unjudged ones up to a limit."
     pairs, seen = [], set()
     for column in sorted(range(len(grades)), key=lambda c: (grades[c] == -1, c)):
         product = column if product_ids is None else product_ids[column]
         if product in seen: continue
         seen.add(product)
         if grades[column] >= 0: pairs.append((scores[column], grades[column]))
-        elif unjudged_as_zero: pairs.append((scores[column], 0))
+        elif unjudged_as_zero and not scores[column] > limit: pairs.append((scores[column], 0))
     return pairs
 
 
@@ -75,7 +75,8 @@ def slow_supcon(scores, grades, temperature=0.05, positives=None, cumulative=Fal
     else: terms = [(positives or {2: 1.0}, 1.0)]
     losses = []
     for s, y in zip(scores.tolist(), grades.tolist()):
-        pairs = counted_pairs(s, y, unjudged == 'negative', ids)
+        relevant = sorted(x for x, level in zip(s, y) if terms and level in terms[-1][0]) if unjudged == 'guarded' else []
+        pairs = counted_pairs(s, y, unjudged != 'mask', ids, relevant[(len(relevant) - 1) // 2] if relevant else math.inf)
         parts = [(share, contrast(pairs, weights, temperature, form)) for weights, share in terms if share]
         parts = [share * value for share, value in parts if value is not None]
         if parts: losses.append(sum(parts))
@@ -114,7 +115,7 @@ def slow_circle(scores, grades, centers, margin, gamma, saturate, form='boundary
 
 
 @quick
-@given(seeds, st.integers(2, 5), st.sampled_from(['out', 'in']), st.sampled_from(['mask', 'negative']), st.booleans(),
+@given(seeds, st.integers(2, 5), st.sampled_from(['out', 'in']), st.sampled_from(['mask', 'negative', 'guarded']), st.booleans(),
        st.sampled_from(['plain', 'weighted', 'cumulative', 'lambdas']))
 def test_supcon_is_the_double_loop(seed, levels, form, unjudged, with_ids, variant):
     scores, grades, ids = batch(seed, levels)
@@ -554,6 +555,14 @@ def test_unjudged_can_count_as_irrelevant(loss, switch):
     assert (grades == -1).any()
     assert torch.equal(loss(scores, grades, unjudged=switch), loss(scores, grades.clamp(min=0)))
     assert not torch.equal(loss(scores, grades, unjudged=switch), loss(scores, grades))
+
+
+def test_a_guarded_contrast_leaves_out_what_looks_relevant():
+    scores, grades = row([.9, .7, .5, .8, .6, .1], [2, 2, 2, -1, -1, -1])
+    without = torch.tensor([0, 1, 2, 4, 5])
+    assert torch.equal(supcon_loss(scores, grades, unjudged='guarded'), supcon_loss(scores[:, without], grades[:, without], unjudged='negative'))
+    pull = gradient(lambda s, y: supcon_loss(s, y, unjudged='guarded'), scores, grades)[0]
+    assert pull[3] == 0 and pull[4] > 0 and pull[5] > 0
 
 
 @pytest.mark.parametrize('loss, switch', [(supcon_loss, 'negative'), (circle_loss, 'zero')])

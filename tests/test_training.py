@@ -179,11 +179,12 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt("killed")
 
 
-def test_a_killed_training_resumes_to_the_same_weights(market, tmp_path, monkeypatch):
+@pytest.mark.parametrize("memory", [0, 200])
+def test_a_killed_training_resumes_to_the_same_weights(market, tmp_path, monkeypatch, memory):
     def one(folder, resume=False):
         torch.manual_seed(1)
         model = load_backbone("all-MiniLM-L6-v2")
-        history = train_stage1(model, market, [0.2, 0.4, 0.6], folder, TINY, resume=resume, progress=False)
+        history = train_stage1(model, market, [0.2, 0.4, 0.6], folder, replace(TINY, memory=memory), resume=resume, progress=False)
         return encode(model, ["steel pan", "blue running shoes"], "query"), history
 
     straight, history = one(tmp_path / "straight")
