@@ -74,15 +74,17 @@ def run(
     price: Annotated[str | None, typer.Option(help="Of the endpoint, per million tokens in and out: 0.15,0.60")] = None,
     limit: Annotated[float | None, typer.Option(help="Most to spend at the endpoint, in the currency of --price.")] = None,
     augment: Annotated[str, typer.Option(help="Training queries beside the judged ones: none, spelling, synthetic or both.")] = "none",
+    log: Annotated[str | None, typer.Option(help="File of queries that nobody judged (query, locale), for the annotator to grade.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in this folder.")] = False,
 ) -> None:
     "Train and measure: pretrained, stage 1, annotator, mining, stage 2, report."
     quiet_libraries()
-    from mine_refine_nb.pipeline import Request, results_table, run_pipeline
+    from mine_refine_nb.pipeline import Request, log_facts, results_table, run_pipeline
 
-    request = Request(data, preset.value, backbone, dim, layout, seed, annotator, augment, endpoint, price, limit)
+    request = Request(data, preset.value, backbone, dim, layout, seed, annotator, augment, endpoint, price, limit, log)
     finished = run_pipeline(out, request, resume)
     print_table(results_table(finished).to_dicts(), f"{finished.data.name}, test queries")
+    if counts := log_facts(finished): OUT.print("log: {graded:,} of {candidates:,} candidates of {queries:,} queries graded by the annotator".format(**counts))
     OUT.print(f"report: {out / 'report.html'}", soft_wrap=True, markup=False)
 
 # %% ../nbs/api/19_cli.ipynb #cell-14

@@ -17,7 +17,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from .data import RelevanceData, candidates, product_text
+from .augment import forms_of, without_leaks
+from .data import DataError, RelevanceData, candidates, file_source, normalise_query, product_text, query_ids, read_table
 from .encoder import Embeddings, pair_scores, with_similarity
 from .grades import UNJUDGED, Grade
 from .judging import PROBABILITIES, Annotator, annotate, pairs_of
@@ -30,7 +31,8 @@ __all__ = ['ROWS', 'NOISE', 'REASONS', 'REPORT', 'PLAIN', 'lengths', 'check_vect
            'count_before', 'exact_ranks', 'rank_judged', 'first_reason', 'boundary_tests', 'hard_samples',
            'pending_samples', 'count_removed', 'score_table', 'short_queries', 'advice', 'MiningReport', 'report_parts',
            'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'assemble', 'check_labels', 'apply_grades',
-           'relabel', 'unsure_rows', 'hidden_truth', 'save_mined', 'load_mined', 'recall_against_flat']
+           'relabel', 'unsure_rows', 'load_log', 'unjudged_queries', 'mine_log', 'hidden_truth', 'save_mined',
+           'load_mined', 'recall_against_flat']
 
 # %% ../nbs/api/11_mining.ipynb #cell-9
 ROWS = dict(query_id=pl.String, query=pl.String, product_id=pl.String, grade=pl.Int8, kind=pl.String, score=pl.Float64,
@@ -212,10 +214,11 @@ def list_catalogue(
     depth: int = 100,       # list length
     factory: str = 'Flat',  # FAISS factory string
     parameters: str = '',   # of the search, as 'nprobe=16'
+    queries: pl.DataFrame | None = None,  # query_id, query, locale, to be searched instead of those of the data
 ) -> pl.DataFrame:  # query_id, query, product_id, locale, score, rank: a query's rows together, best first
     "Each query's first `depth` products in the catalogue of its locale."
     query_at, names, parts = {q: i for i, q in enumerate(emb.query_ids)}, pl.Series('product_id', emb.product_ids, pl.String), []
-    for (locale,), group in data.queries.group_by('locale', maintain_order=True):
+    for (locale,), group in (data.queries if queries is None else queries).group_by('locale', maintain_order=True):
         rows = candidates(data, locale)
         if not len(rows): continue   # no product of this locale: its queries come up short
         products = np.ascontiguousarray(emb.products[rows], dtype=np.float32)
@@ -618,6 +621,61 @@ def unsure_rows(
     rows = [('annotated', 'the annotator could not judge it', failed, len(labels) - failed),
             ('annotated', f'the annotator is less than {confidence:.2f} sure', unsure, len(labels) - failed - unsure)]
     return pl.DataFrame(rows, schema=REPORT['filters'], orient='row')
+
+# %% ../nbs/api/11_mining.ipynb #log-file
+def load_log(
+    file: str | Path,  # .csv, .tsv, .jsonl or .parquet: query and locale, the most frequent first
+    data: RelevanceData,  # where all of it is of one locale, the log needs no column for it
+) -> pl.DataFrame:  # query, locale
+    "Queries of a log from a file."
+    path, known = Path(file), data.queries['locale'].unique(maintain_order=True).to_list()
+    if not path.is_file(): raise DataError(f'{path} is no file: name a .csv or .parquet file of queries')
+    table = read_table(file_source(path), ['query'], ['locale'])
+    if 'locale' not in table.columns:
+        if len(known) > 1: raise DataError(f"{path.name} has no column locale, and {data.name} has {', '.join(map(str, known))}: say of each query whose it is")
+        table = table.with_columns(locale=pl.lit(known[0], pl.String))
+    table = table.select(pl.col('query', 'locale').cast(pl.String)).filter(pl.col('query').str.strip_chars() != '')
+    strange = table.filter(~pl.col('locale').is_in(known) & pl.col('locale').is_not_null())
+    if strange.height: raise DataError(f"{path.name}: the locale {strange['locale'][0]!r} of {strange['query'][0]!r} is none of {', '.join(map(str, known))}")
+    return table
+
+# %% ../nbs/api/11_mining.ipynb #log-queries
+def unjudged_queries(
+    data: RelevanceData,
+    log: pl.DataFrame,  # query, locale; the most frequent first
+    most: int | None = None,  # queries to keep, from the front; None: all
+) -> pl.DataFrame:  # query_id, query, locale: each once, in the order of the log
+    "Queries of a log that nobody judged and that give no validation or test query away."
+    if lost := {'query', 'locale'} - set(log.columns):
+        raise ValueError(f"mining: a log needs the columns query and locale; missing: {', '.join(sorted(lost))}")
+    taken, forms = forms_of(data.queries['query']), log['query'].map_elements(normalise_query, return_dtype=pl.String)
+    new = log.select('query', 'locale', form=forms).filter(~pl.col('form').is_in(list(taken))).unique(['form', 'locale'], keep='first', maintain_order=True)
+    new = without_leaks(new, data.queries).head(most or len(new))
+    return new.select(query_id=query_ids(new), query='query', locale='locale')
+
+# %% ../nbs/api/11_mining.ipynb #log-mine
+def mine_log(
+    emb: Embeddings,        # the log's queries and all products, by the encoder to refine
+    data: RelevanceData,    # whose catalogue is searched
+    log: pl.DataFrame,      # as from `unjudged_queries`
+    factory: str = 'Flat',  # FAISS factory string
+    window: tuple[int, int] = (1, 50),  # ranks, first and last, to take candidates from
+    *,
+    per_query: int = 20,    # candidates, evenly over the window
+    parameters: str = '',   # of the FAISS search, as 'nprobe=16'
+) -> Mined:                 # pending rows alone
+    "Candidates of queries that nobody judged, for an annotator to grade."
+    check_settings(window[1], window, per_query, (2,))
+    listed = list_catalogue(emb, data, window[1], factory, parameters, log)
+    part = replace(data, judgments=listed.select('query_id', 'query', 'product_id', pl.lit(UNJUDGED, pl.Int8).alias('grade'), 'locale', split=pl.lit('train')))
+    check_vectors(emb, part)
+    ranks = np.unique(np.linspace(*window, per_query).round().astype(int))
+    texts = data.products.select('product_id', text=product_text(data.products))
+    none = pl.DataFrame(schema=ROWS).drop('kind', 'source')    # of judged pairs
+    pending = pending_samples(listed.filter(pl.col('rank').is_in(ranks)), none, texts, window, None, per_query)
+    settings = dict(data=data.name, fingerprint=data.fingerprint, split='log', queries=len(log), factory=factory, parameters=parameters,
+                    window=list(window), per_query=per_query)
+    return assemble(hard_samples(none), pending, none, part, settings)
 
 # %% ../nbs/api/11_mining.ipynb #cell-108
 def hidden_truth(

@@ -7,8 +7,9 @@ __all__ = ['TINY', 'FULL', 'UPPER', 'PRESETS', 'ANNOTATORS', 'ROWS_OF_EVALUATION
            'scale', 'check_annotator', 'Request', 'cut_corner', 'request_data', 'save_evaluation', 'load_evaluation',
            'Run', 'check_grades', 'open_run', 'load_stage', 'stage_vectors', 'measure_slices', 'keep_index', 'measure',
            'evaluations', 'save_training', 'training_data', 'run_stage1', 'run_stage2', 'run_judge', 'run_annotator',
-           'run_mining', 'checked_scale', 'threshold_table', 'compare_stages', 'write_results', 'run_pipeline',
-           'results_table', 'kept_annotator', 'train_and_measure', 'reopen_run', 'production_test']
+           'asked_annotator', 'run_mining', 'log_vectors', 'mine_run_log', 'log_facts', 'checked_scale',
+           'threshold_table', 'compare_stages', 'write_results', 'run_pipeline', 'results_table', 'kept_annotator',
+           'train_and_measure', 'reopen_run', 'production_test']
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-3
 import json
@@ -31,19 +32,19 @@ from .augment import Augmented
 from .augmenting import KINDS, augmented, fitting_recipe, mined_for_copies
 from .cross_encoder import CrossRecipe
 from .data import DataError, RelevanceData, load_data
-from .encoder import DEFAULT_BACKBONE, Embeddings, check_backbone, embed, load_backbone
+from .encoder import DEFAULT_BACKBONE, Embeddings, check_backbone, embed, encode, load_backbone
 from .grades import Grade
 from .judging import ABOUT, Annotator, read_about
 from .machine import write_json, write_whole
 from .market import build_market, simulate
 from .metrics import HEADLINE, Evaluation, compare, evaluate
-from .mining import Mined, apply_grades, mine, relabel
+from .mining import Mined, apply_grades, load_log, mine, mine_log, relabel, unjudged_queries
 from .report import write_report
 from .normalising import fit_norm, normalised
 from .serving import STAGES, build_products, catalogue_fingerprint, encoder_fingerprint, stage_encoder
 from .slices import evaluate_slices, make_slices, misspelled_twin, slice_table, with_twin
 from .stage1 import STAGE1, train_stage1
-from .stage2 import STAGE2, train_stage2
+from .stage2 import STAGE2, train_stage2, with_mined
 from .thresholds import check_thresholds, choose_thresholds, known_volume
 from .training import Recipe
 
@@ -116,6 +117,7 @@ class Request:
     endpoint: str | None = None  # base address of an OpenAI-compatible endpoint, where `annotator` is the model's name
     price: str | None = None  # of the endpoint, per million tokens in and out, as "0.15,0.60"
     limit: float | None = None  # most that the run may spend there
+    log: str | None = None  # file of queries that nobody judged, whose candidates the annotator grades as well, see `mining.load_log`
 
     def __post_init__(self):
         if self.augment not in KINDS:
@@ -124,6 +126,8 @@ class Request:
             raise ValueError(f"an endpoint needs the name of its model: --annotator MODEL, not {self.annotator!r}")
         if not self.endpoint and (self.price or self.limit is not None):
             raise ValueError("a price and a spending limit belong to an endpoint: give --endpoint as well")
+        if self.log and self.annotator in ("none", "zero"):
+            raise ValueError(f"a log needs somebody who grades it: choose an annotator, not {self.annotator!r}")
         if self.annotator not in ANNOTATORS and not self.endpoint:
             check_annotator(self.annotator, self.backbone)
         if self.preset not in PRESETS:
@@ -237,6 +241,8 @@ def open_run(
     if request.endpoint:
         name_annotator(request.annotator, request.endpoint, request.price, request.limit)    # says no before the work
     data = check_grades(request_data(request))
+    if request.log:
+        load_log(request.log, data)    # says no before the work
     asked = {key: value for key, value in asdict(request).items() if key not in ("price", "limit")} | {"fingerprint": data.fingerprint, "stage1": asdict(preset.stage1), "stage2": asdict(preset.stage2), "llm": asdict(preset.llm), "cross": asdict(preset.cross)}
     record = {
         "request": json.loads(json.dumps(asked)), "python": platform.python_version(), "seconds": {},
@@ -337,7 +343,8 @@ def run_stage2(run: Run) -> None:
     recipe = fitting_recipe(replace(PRESETS[run.request.preset].stage2, seed=run.request.seed), made)
     mined = mined_for_copies(Mined.load(run.folder / "mined.parquet"), made)
     model, scores = load_stage(run, "stage1"), evaluations(run, "validation")["stage1"].pairs["score"]
-    history = train_stage2(model, made.data, mined, scores, folder, recipe, resume=run.resume, progress=run.progress)
+    data = with_mined(made.data, Mined.load(run.folder / "mined_log.parquet")) if run.request.log else made.data
+    history = train_stage2(model, data, mined, scores, folder, recipe, resume=run.resume, progress=run.progress)
     save_training(run, "stage2", model, history)
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-49-judge
@@ -367,6 +374,16 @@ def run_annotator(run: Run) -> None:
     write_json(run.folder / "annotator.json", found)
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-50
+def asked_annotator(
+    run: Run,
+    mined: Mined,
+    hints: Embeddings,  # of the pretrained encoder: the queries of `mined`, all products
+) -> Mined:
+    "Pending pairs graded by the run's annotator, as far as it is sure; where no confidence is high enough, nobody is asked."
+    sure = json.loads((run.folder / "annotator.json").read_text(encoding="utf-8"))["confidence"]
+    return mined if sure is None else relabel(mined, run.data, run_judge(run), sure, run.folder / "labels.db", hints, run.progress)
+
+
 def run_mining(run: Run) -> None:
     "Hard samples and pending candidates of the training queries by the stage-1 encoder, the latter graded as asked."
     mined = mine(stage_vectors(run, "stage1"), run.data, "train")
@@ -375,11 +392,34 @@ def run_mining(run: Run) -> None:
         pending = mined.rows.filter(kind="pending").select("query_id", "product_id", grade=pl.lit(0, pl.Int8), source=pl.lit("taken for irrelevant"))
         mined = apply_grades(mined, pending)
     elif who != "none":
-        measured = json.loads((run.folder / "annotator.json").read_text(encoding="utf-8"))
-        if (sure := measured["confidence"]) is not None:    # where no confidence is high enough, nobody is asked
-            mined = relabel(mined, run.data, run_judge(run), sure, run.folder / "labels.db",
-                            stage_vectors(run, "pretrained"), run.progress)
+        mined = asked_annotator(run, mined, stage_vectors(run, "pretrained"))
     mined.save(run.folder / "mined.parquet")
+    if run.request.log:
+        mine_run_log(run).save(run.folder / "mined_log.parquet")
+
+# %% ../nbs/api/17_pipeline.ipynb #log-code
+def log_vectors(
+    run: Run,
+    stage: str,  # a key of `serving.STAGES`
+    log: pl.DataFrame,  # from `mining.unjudged_queries`
+) -> Embeddings:
+    "Vectors of a log's queries and of all products."
+    products = stage_vectors(run, stage)
+    return Embeddings(log["query_id"].to_list(), encode(load_stage(run, stage), log["query"].to_list(), "query"), products.product_ids, products.products)
+
+
+def mine_run_log(run: Run) -> Mined:
+    "Candidates of the log's queries by the stage-1 encoder, graded as far as the annotator is sure."
+    log = unjudged_queries(run.data, load_log(run.request.log, run.data))
+    if not log.height: raise DataError(f"{run.request.log}: each query was judged already, or nearly repeats one of validation or test: leave the log out")
+    return asked_annotator(run, mine_log(log_vectors(run, "stage1", log), run.data, log), log_vectors(run, "pretrained", log))
+
+
+def log_facts(run: Run) -> dict[str, int]:    # queries, candidates, graded; empty without a log
+    "What became of a run's log."
+    if not run.request.log: return {}
+    rows = Mined.load(run.folder / "mined_log.parquet").rows
+    return dict(queries=rows["query_id"].n_unique(), candidates=len(rows), graded=(rows["grade"] >= 0).sum())
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-52
 def checked_scale(
@@ -417,9 +457,10 @@ def write_results(run: Run) -> None:
     numbers = {stage: {key: value for key, value in one.to_dict().items() if key != "definitions"} for stage, one in tested.items()}
     quality_file = run.folder / "annotator.json"
     annotator = json.loads(quality_file.read_text(encoding="utf-8")) if quality_file.exists() else None
+    if annotator and run.request.log: annotator["log"] = log_facts(run)
     for stage in numbers:
         numbers[stage]["slices"] = json.loads((run.folder / "evaluations" / stage / "slices.json").read_text(encoding="utf-8"))
-    write_json(run.folder / "metrics.json", numbers | {"annotator": annotator and annotator["agreement"], "comparisons": {name: frame.fill_nan(None).to_dicts() for name, frame in comparisons.items()}, "definitions": definitions})
+    write_json(run.folder / "metrics.json", numbers | {"annotator": annotator and annotator["agreement"], "log": log_facts(run) or None, "comparisons": {name: frame.fill_nan(None).to_dicts() for name, frame in comparisons.items()}, "definitions": definitions})
     table = threshold_table(run)
     write_json(run.folder / "thresholds.json", table)
     histories = {stage: pl.read_parquet(run.folder / "training" / f"{stage}.parquet") for stage in ("stage1", "stage2")}

@@ -15,9 +15,11 @@ import polars as pl
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from mine_refine_nb import cli
+from mine_refine_nb import cli, pipeline
 from mine_refine_nb.cli import main
 from mine_refine_nb.data import load_data, query_ids
+from mine_refine_nb.market import build_market
+from mine_refine_nb.mining import Mined
 from mine_refine_nb.pipeline import HEADLINE, Request, open_run, run_mining
 from mine_refine_nb.widgets import open_review
 
@@ -109,6 +111,30 @@ def test_mined_pairs_can_be_taken_for_irrelevant(dropped, tmp_path):
     pending = pl.read_parquet(dropped / "mined.parquet").filter(kind="pending")
     assert rows.height == pending.height > 0 and rows["grade"].unique().to_list() == [0]
     assert rows["source"].unique().to_list() == ["taken for irrelevant"]
+
+
+def test_a_log_is_mined_graded_and_trained_on(folder, tmp_path, monkeypatch):
+    "The annotator of a smoke run is sure of nothing; here its labels count all the same."
+    asked = build_market(240, 120, seed=0).data.queries.select("query", "locale")
+    asked.write_csv(tmp_path / "log.csv")
+    out, seen = tmp_path / "run", {}
+    shutil.copytree(folder, out)
+    record = json.loads((out / "run.json").read_text())
+    record["request"]["log"] = str(tmp_path / "log.csv")
+    record["seconds"] = {step: spent for step, spent in record["seconds"].items() if "stage 2" not in step and step not in ("mine", "report")}
+    (out / "run.json").write_text(json.dumps(record))
+    kept = json.loads((out / "annotator.json").read_text())
+    (out / "annotator.json").write_text(json.dumps(kept | {"confidence": 0.0}))
+    train = pipeline.train_stage2
+    monkeypatch.setattr(pipeline, "train_stage2", lambda model, data, *rest, **more: (seen.update(data=data), train(model, data, *rest, **more))[1])
+    said = call("run", "market", "--out", out, *SMOKE, "--log", tmp_path / "log.csv", "--resume").stdout
+    rows, data = Mined.load(out / "mined_log.parquet").rows, open_run(out, Request("market", "smoke", "all-MiniLM-L6-v2", log=str(tmp_path / "log.csv")), resume=True).data
+    held = set(data.judgments.filter(pl.col("split") != "train")["query"])
+    assert set(rows["query"]) <= set(asked["query"]) - set(data.judgments["query"]) and not set(rows["query"]) & held
+    assert set(rows["kind"]) == {"annotated"} and f"log: {len(rows):,} of {len(rows):,} candidates" in said
+    joined = rows.join(seen["data"].judgments, on=["query_id", "product_id", "grade"], how="semi")
+    assert len(joined) == len(rows) and set(seen["data"].judgments.filter(pl.col("query_id").is_in(rows["query_id"].to_list()))["split"]) == {"train"}
+    assert json.loads((out / "metrics.json").read_text())["log"] == dict(queries=rows["query_id"].n_unique(), candidates=len(rows), graded=len(rows))
 
 
 def test_a_file_of_mined_pairs_is_annotated_once(folder, dropped, tmp_path):
@@ -245,6 +271,8 @@ def test_logs_that_cannot_be_audited_are_explained_in_one_line(shop, tmp_path):
     (["run", "nowhere", "--out", "x"], "nowhere"),
     (["run", "market", "--out", "x", "--backbone", "e5-smal"], "packaged ones are"),
     (["run", "market", "--out", "x", "--annotator", "crss"], "choose one of cross, llm, none, zero"),
+    (["run", "market", "--out", "x", "--log", "queries.csv", "--annotator", "none"], "a log needs somebody who grades it"),
+    (["run", "market", "--out", "x", "--log", "queries.csv"], "queries.csv is no file"),
     (["annotate", "nowhere.csv", "--model", "x", "--out", "y.csv"], "nowhere.csv is no file"),
     (["evaluate", "all-MiniLM-L6-v2", "nowhere"], "nowhere"),
     (["simulate", "x", "--locales", "en,fr"], "fr"),

@@ -9,11 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from mine_refine_nb.data import RelevanceData
+from mine_refine_nb.data import DataError, RelevanceData, query_ids
 from mine_refine_nb.encoder import Embeddings
+from mine_refine_nb.market import build_market, true_grades
 from mine_refine_nb.metrics import top_k
-from mine_refine_nb.mining import (ROWS, Mined, apply_grades, build_index, coarse, exact_ranks, list_catalogue, mine,
-                                   rank_judged, recall_against_flat, search, search_all, shortlist)
+from mine_refine_nb.mining import (ROWS, Mined, apply_grades, build_index, coarse, exact_ranks, list_catalogue, load_log, mine, mine_log,
+                                   rank_judged, recall_against_flat, relabel, search, search_all, shortlist, unjudged_queries)
+from mine_refine_nb.shoppers import AskedRater, Rater, confusion
+from mine_refine_nb.stage2 import with_mined
 
 TEXT = dict.fromkeys(('product_id', 'title', 'category', 'brand', 'description', 'locale'), pl.String)
 PAIRS = dict.fromkeys(('query_id', 'query', 'product_id', 'grade', 'locale', 'split'), pl.String) | dict(grade=pl.Int8)
@@ -493,3 +496,55 @@ def test_shows_itself_and_escapes():
     page = mined._repr_html_()
     assert '<script>' not in page and '&lt;script&gt;' in page and 'text of a better candidate' in page
     assert 'widen' not in repr(mined.report) and '5 queries' in repr(mined)
+
+
+# ---- queries that nobody judged ----
+
+@pytest.fixture(scope='module')
+def wide():
+    "A market, a part of whose queries are judged; the others are its log."
+    market = build_market(200, 120, ('en', 'es'), seed=4)
+    known = market.data.queries['query_id'][::3].to_list()
+    return market, replace(market.data, judgments=market.data.judgments.filter(pl.col('query_id').is_in(known)))
+
+
+def test_a_log_keeps_what_is_new_and_gives_nothing_away(wide):
+    market, data = wide
+    held = data.queries.filter(pl.col('split') != 'train')
+    nearly = held.with_columns(query=pl.col('query') + '!')
+    log = unjudged_queries(data, pl.concat([market.data.queries, nearly, market.data.queries.with_columns(pl.col('query').str.to_uppercase())], how='diagonal'))
+    assert len(log) > 20 and not set(log['query']) & {*data.queries['query'], *nearly['query']}
+    assert set(log['query']) <= set(market.data.queries['query']) and not log.select('query', 'locale').is_duplicated().any()
+    place = {query: i for i, query in enumerate(market.data.queries['query'])}
+    assert [place[query] for query in log['query']] == sorted(place[query] for query in log['query'])
+    assert log['query_id'].to_list() == query_ids(log).to_list()
+    assert unjudged_queries(data, market.data.queries, 5).equals(log.head(5))
+
+
+def test_candidates_of_a_log_are_spread_over_the_window_and_graded(wide):
+    market, data = wide
+    log, rng = unjudged_queries(data, market.data.queries), np.random.default_rng(0)
+    emb = Embeddings(log['query_id'].to_list(), unit(rng.normal(size=(len(log), 8))), data.products['product_id'].to_list(), unit(rng.normal(size=(200, 8))))
+    mined = mine_log(emb, data, log, window=(1, 50), per_query=10)
+    assert set(mined.rows['kind']) == {'pending'} and set(mined.rows['query_id']) == set(log['query_id'])
+    ranks = mined.rows.group_by('query_id').agg(pl.col('rank').sort())['rank'].to_list()
+    assert all(one == [1, 6, 12, 17, 23, 28, 34, 39, 45, 50] for one in ranks)    # no text of this market comes twice
+    where = mined.rows.join(data.products.select('product_id', shop='locale'), on='product_id')
+    assert (where['locale'] == where['shop']).all() and mined.report.settings['split'] == 'log'
+    right = relabel(mined, data, AskedRater(market, Rater('right', confusion(0, 0))))
+    assert (true_grades(market, right.rows) == right.rows['grade']).all()
+    more = with_mined(data, right).judgments
+    assert len(more) == len(data.judgments) + len(right.rows) and set(more.filter(pl.col('query_id').is_in(log['query_id'].to_list()))['split']) == {'train'}
+
+
+def test_a_log_is_read_from_a_file(wide, tmp_path):
+    _, data = wide
+    file, asked = tmp_path / 'log.csv', pl.DataFrame(dict(query=['red bowl', ' ', '007'], locale=['en', 'en', 'es'], times=['9', '8', '7']))
+    asked.write_csv(file)
+    assert load_log(file, data).rows() == [('red bowl', 'en'), ('007', 'es')]
+    asked.drop('locale').write_csv(file)
+    with pytest.raises(DataError, match='log.csv has no column locale, and market has en, es'): load_log(file, data)
+    assert load_log(file, replace(data, judgments=data.judgments.filter(locale='en')))['locale'].to_list() == ['en', 'en']
+    asked.with_columns(locale=pl.lit('fr')).write_csv(file)
+    with pytest.raises(DataError, match="the locale 'fr' of 'red bowl' is none of en, es"): load_log(file, data)
+    with pytest.raises(DataError, match='is no file'): load_log(tmp_path / 'lgo.csv', data)
