@@ -15,7 +15,7 @@ from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, 
                                     part_name, rebuild, save_part, searched, train_arm, union, verdicts, with_thresholds, write_results)
 from mine_refine_nb.data import query_groups
 from mine_refine_nb.machine import write_json
-from mine_refine_nb.market import simulate
+from mine_refine_nb.market import build_market, simulate, true_grades
 from mine_refine_nb.metrics import boundary_auc, evaluate
 from mine_refine_nb.encoder import Embeddings
 from mine_refine_nb.losses import supcon_loss
@@ -223,6 +223,33 @@ def test_both_boundaries_change_the_contrast_alone():
     scores, grades = torch.rand(3, 6, generator=torch.manual_seed(0)), torch.tensor([[2, 1, 0, -1, 1, 2], [1, 0, 0, 2, -1, -1], [2, 2, 1, 0, 0, 0]])
     lower = supcon_loss(scores, grades, 0.05, positives=(1, 2), unjudged="negative")
     assert both["circle"] is plain["circle"] and both["contrast"](scores, grades).item() == pytest.approx((0.3 * lower + plain["contrast"](scores, grades)).item())
+
+
+def test_a_log_is_new_queries_with_fallible_grades(market, tmp_path, monkeypatch):
+    whole = build_market(200, 120, ("en",), 0)
+    data, seen = fold_data(market, 0), []
+    monkeypatch.setattr(contest, "whole_market", lambda: whole)
+    join = contest.with_mined
+    monkeypatch.setattr(contest, "with_mined", lambda data, mined: (seen.append(mined.rows), join(data, mined))[1])
+    for arm in ("ours, with a log and memory", "MNRL, then CoSENT, with a log"):
+        seen.clear()
+        task = Task(data, replace(TERMS, texts=600), 1e-3, 0, tmp_path, "all-MiniLM-L6-v2", np.linspace(0.2, 0.8, 50))
+        train_arm(arm, task)
+        rows = seen[-1]
+        assert 0 < task.spent <= 900 and set(rows["kind"]) == {"annotated"} and not set(rows["query"]) & set(market.queries["query"]), arm
+        assert 0.8 < (true_grades(whole, rows) == rows["grade"]).mean() < 0.95
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="leave out the arms 'with a log'"): contest.annotated_log(None, task)
+
+
+def test_contests_without_a_log_leave_its_arms_out(market, tmp_path, monkeypatch):
+    asked = []
+    def run(data, dataset, arm, fold, seed, backbone, terms, parts): asked.append((dataset, arm)); return dict(objective=0.5, seconds=1.0)
+    monkeypatch.setattr(contest, "run_part", run)
+    monkeypatch.setattr(contest, "write_results", lambda parts, out: [])
+    bench_quality("", tmp_path / "quality.json", folds=[0], seeds=[0], load=lambda *_: market, contests=[Contest("us"), Contest("market")], tell=lambda _: None)
+    assert {arm for dataset, arm in asked if dataset == "market"} == set(ARMS)
+    assert {arm for dataset, arm in asked if dataset == "us"} == {arm for arm in ARMS if "a log" not in arm}
 
 
 def test_every_arm_has_a_name_without_the_separator():
