@@ -138,10 +138,10 @@ def train_arm(
     made = augmented(data, arm.kind, model, start.products, seed, arm.spelling, arm.share, arm.mode)
     first, second = (fitting_recipe(replace(recipe, seed=seed), made, arm.share) for recipe in recipes)
     temperature = fitting_temperature(evaluate(start, data, 'validation').pairs['score'])
-    train(model, made.data, stage1_losses(temperature) | tie_losses(data, arm, model, seed), first, folder / 'stage1', weights, progress=False)
+    train(model, made.data, stage1_losses(temperature, first) | tie_losses(data, arm, model, seed), first, folder / 'stage1', weights, progress=False)
     between = embed(model, data)
     scores, mined = evaluate(between, data, 'validation').pairs['score'], mined_for_copies(mine(between, data, 'train'), made)
-    losses = stage2_losses(level_centers(scores), fitting_temperature(scores)) | tie_losses(data, arm, model, seed + 1)
+    losses = stage2_losses(level_centers(scores), fitting_temperature(scores), recipe=second) | tie_losses(data, arm, model, seed + 1)
     train(model, with_mined(made.data, mined), losses, second, folder / 'stage2', weights, mined.rows.filter(pl.col('grade') != UNJUDGED), progress=False)
     return model
 

@@ -34,9 +34,11 @@ STAGE1 = Recipe()
 
 def stage1_losses(
     temperature: float,  # see `fitting_temperature`
+    recipe: Recipe = STAGE1,  # its boundaries, and whether there is a memory
 ) -> dict:  # name -> loss, for the trainer
-    "Label-aware supervised contrast: grade 2 against the rest of its list and of the batch."
-    return {"contrast": LabelAwareSupConLoss(temperature, unjudged="negative")}
+    "Label-aware supervised contrast: grade 2 (or every boundary) against the rest of its list and of the batch."
+    asked = {} if recipe.boundaries is None else {"cumulative": True, "boundary_weights": recipe.boundaries}
+    return {"contrast": LabelAwareSupConLoss(temperature, unjudged="guarded" if recipe.memory else "negative", **asked)}
 
 # %% ../nbs/api/10_stage1.ipynb #cell-12
 def train_stage1(
@@ -49,4 +51,4 @@ def train_stage1(
     progress: bool = True,  # show a bar
 ) -> pl.DataFrame:  # history: step, name, value
     "Fine-tune a pretrained encoder on graded query lists."
-    return train(model, data, stage1_losses(fitting_temperature(scores)), recipe, folder, resume=resume, progress=progress)
+    return train(model, data, stage1_losses(fitting_temperature(scores), recipe), recipe, folder, resume=resume, progress=progress)

@@ -56,9 +56,10 @@ def stage2_losses(
     temperature: float,  # of the contrast, see `stage1.fitting_temperature`
     margin: float = 0.25,  # in gaps between centres
     gamma: float = 32.0,  # sharpness per gap
+    recipe: Recipe = STAGE2,  # of the contrast, see `stage1.stage1_losses`
 ) -> dict:  # name -> loss, for the trainer
     "Multi-class circle loss on judged pairs, beside the contrast of stage 1."
-    return {"circle": MultiClassCircleLoss(centers, margin=margin, gamma=gamma)} | stage1_losses(temperature)
+    return {"circle": MultiClassCircleLoss(centers, margin=margin, gamma=gamma)} | stage1_losses(temperature, recipe)
 
 # %% ../nbs/api/12_stage2.ipynb #cell-14
 def train_stage2(
@@ -73,6 +74,6 @@ def train_stage2(
     progress: bool = True,  # show a bar
 ) -> pl.DataFrame:  # history: step, name, value
     "Refine a stage-1 encoder so that grades fall into bands of their own."
-    losses = stage2_losses(level_centers(scores) if centers is None else centers, fitting_temperature(scores))
+    losses = stage2_losses(level_centers(scores) if centers is None else centers, fitting_temperature(scores), recipe=recipe)
     hard = mined.rows.filter(pl.col("grade") != UNJUDGED)
     return train(model, with_mined(data, mined), losses, recipe, folder, {"circle": CIRCLE_WEIGHT}, hard, resume, progress)

@@ -311,6 +311,7 @@ class Recipe:
     freeze_layers: float = 0.5  # share of the layers, from the bottom, kept as they are
     max_length: int = 64  # tokens of a text, the rest is cut
     memory: int = 0  # most earlier vectors of each side that a batch is compared with as well, per locale
+    boundaries: tuple[float, ...] | None = None  # weights of the contrast at each grade boundary; None: grade 2 against the rest alone
     seed: int = 0
 
 # %% ../nbs/api/09_training.ipynb #cell-51

@@ -126,11 +126,12 @@ def test_a_log_is_mined_graded_and_trained_on(folder, tmp_path, monkeypatch):
     kept = json.loads((out / "annotator.json").read_text())
     (out / "annotator.json").write_text(json.dumps(kept | {"confidence": 0.0}))
     train = pipeline.train_stage2
-    monkeypatch.setattr(pipeline, "train_stage2", lambda model, data, *rest, **more: (seen.update(data=data), train(model, data, *rest, **more))[1])
+    monkeypatch.setattr(pipeline, "train_stage2", lambda model, data, *rest, **more: (seen.update(data=data, recipe=rest[3]), train(model, data, *rest, **more))[1])
     said = call("run", "market", "--out", out, *SMOKE, "--log", tmp_path / "log.csv", "--resume").stdout
     rows, data = Mined.load(out / "mined_log.parquet").rows, open_run(out, Request("market", "smoke", "all-MiniLM-L6-v2", log=str(tmp_path / "log.csv")), resume=True).data
     held = set(data.judgments.filter(pl.col("split") != "train")["query"])
     assert set(rows["query"]) <= set(asked["query"]) - set(data.judgments["query"]) and not set(rows["query"]) & held
+    assert seen["recipe"].memory == 2048 and seen["recipe"].boundaries == (1.0, 1.0)
     assert set(rows["kind"]) == {"annotated"} and f"log: {len(rows):,} of {len(rows):,} candidates" in said
     joined = rows.join(seen["data"].judgments, on=["query_id", "product_id", "grade"], how="semi")
     assert len(joined) == len(rows) and set(seen["data"].judgments.filter(pl.col("query_id").is_in(rows["query_id"].to_list()))["split"]) == {"train"}

@@ -20,7 +20,7 @@ from mine_refine_nb.losses import LabelAwareSupConLoss, MultiClassCircleLoss
 from mine_refine_nb.market import simulate
 from mine_refine_nb.mining import mine
 from mine_refine_nb.stage1 import train_stage1
-from mine_refine_nb.stage2 import level_centers, train_stage2, with_mined
+from mine_refine_nb.stage2 import level_centers, stage2_losses, train_stage2, with_mined
 from mine_refine_nb.encoder import embed
 from mine_refine_nb.training import (ListCollator, ListSampler, Recipe, ScoreMatrixLoss, freeze, gradient_shares, is_rich, note_pull, query_lists,
                                      sample_products, train, without_dropout, written_out)
@@ -219,6 +219,12 @@ def test_centers_stay_within_the_scale_and_ascend():
     for scores in ([0.84, 0.86, 0.9], [0.1, 0.5, 0.2], [0.99, 0.95, 1.0], [-0.9, -1.0]):
         centers = level_centers(scores, widen=3)
         assert all(a < b for a, b in zip(centers, centers[1:])) and -1 <= centers[0] and centers[-1] <= 1
+
+
+def test_a_recipe_decides_the_contrast():
+    plain, wide = (stage2_losses((0.1, 0.5, 0.9), 0.05, recipe=recipe) for recipe in (Recipe(), Recipe(memory=9, boundaries=(0.5, 1.0))))
+    assert plain["contrast"].settings == LabelAwareSupConLoss(0.05, unjudged="negative").settings
+    assert wide["contrast"].settings == LabelAwareSupConLoss(0.05, cumulative=True, boundary_weights=(0.5, 1.0), unjudged="guarded").settings
 
 
 def test_nothing_to_train_on_is_said(market):
