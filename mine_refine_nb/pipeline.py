@@ -467,7 +467,7 @@ def write_results(run: Run) -> None:
     if annotator and run.request.log: annotator["log"] = log_facts(run)
     for stage in numbers:
         numbers[stage]["slices"] = json.loads((run.folder / "evaluations" / stage / "slices.json").read_text(encoding="utf-8"))
-    write_json(run.folder / "metrics.json", numbers | {"annotator": annotator and annotator["agreement"], "log": log_facts(run) or None, "comparisons": {name: frame.fill_nan(None).to_dicts() for name, frame in comparisons.items()}, "definitions": definitions})
+    write_json(run.folder / "metrics.json", numbers | {"annotator": annotator and annotator["agreement"], "comparisons": {name: frame.fill_nan(None).to_dicts() for name, frame in comparisons.items()}, "definitions": definitions} | ({"log": log_facts(run)} if run.request.log else {}))
     table = threshold_table(run)
     write_json(run.folder / "thresholds.json", table)
     histories = {stage: pl.read_parquet(run.folder / "training" / f"{stage}.parquet") for stage in ("stage1", "stage2")}
