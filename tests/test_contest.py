@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from mine_refine_nb import contest
-from mine_refine_nb.contest import (ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, asked_only, bench_quality, best_blend, best_rate, common, contest_data, cut_statistic, fold_data, fold_of, main_arm, one_scale,
+from mine_refine_nb.contest import (ARMS, LOG_ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, asked_only, bench_quality, best_blend, best_rate, common, contest_data, cut_statistic, fold_data, fold_of, main_arm, one_scale,
                                     part_name, rebuild, save_part, searched, train_arm, union, verdicts, with_thresholds, write_results)
 from mine_refine_nb.data import query_groups
 from mine_refine_nb.machine import write_json
@@ -19,7 +19,6 @@ from mine_refine_nb.market import build_market, simulate, true_grades
 from mine_refine_nb.metrics import boundary_auc, evaluate
 from mine_refine_nb.encoder import Embeddings
 from mine_refine_nb.losses import supcon_loss
-from mine_refine_nb.stage2 import stage2_losses
 
 TERMS = Terms(texts=96, rates=(2e-5,), pairs=12, max_length=16, distractors=20)
 
@@ -217,12 +216,19 @@ def test_a_part_is_whole_or_absent(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_both_boundaries_change_the_contrast_alone():
-    plain = stage2_losses((0.1, 0.5, 0.9), 0.05)
-    both = contest.at_both(plain)
+def test_a_recipe_changes_the_contrast_of_both_stages_and_nothing_else(market, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(contest, "train_lists", lambda model, task, losses, weights=None, share=1.0, *, recipe, data=None, hard=None: seen.append((losses, weights, share, recipe)))
+    task = Task(fold_data(market, 0), TERMS, 1e-3, 0, tmp_path, "all-MiniLM-L6-v2", np.linspace(0.2, 0.8, 50))
+    for arm in ("ours, no mining", "ours, both boundaries"): ARMS[arm](contest.fresh(task).eval(), task)
+    (plain1, *rest1), (plain2, *rest2), (both1, *more1), (both2, *more2) = seen
+    assert rest1[:2] == more1[:2] == [None, 0.5] and rest2[:2] == more2[:2] and rest2[1] == 0.5 and set(plain1) == set(both1) == {"contrast"}
+    assert both2["circle"].get_config_dict() == plain2["circle"].get_config_dict()
+    assert {(one[2].queries, one[2].products, one[2].memory) for one in (rest1, rest2, more1, more2)} == {(64, 2, 0)}
     scores, grades = torch.rand(3, 6, generator=torch.manual_seed(0)), torch.tensor([[2, 1, 0, -1, 1, 2], [1, 0, 0, 2, -1, -1], [2, 2, 1, 0, 0, 0]])
-    lower = supcon_loss(scores, grades, 0.05, positives=(1, 2), unjudged="negative")
-    assert both["circle"] is plain["circle"] and both["contrast"](scores, grades).item() == pytest.approx((0.3 * lower + plain["contrast"](scores, grades)).item())
+    for plain, both in ((plain1, both1), (plain2, both2)):
+        lower = supcon_loss(scores, grades, plain["contrast"].get_config_dict()["temperature"], positives=(1, 2), unjudged="negative")
+        assert both["contrast"](scores, grades).item() == pytest.approx((0.3 * lower + plain["contrast"](scores, grades)).item())
 
 
 def test_a_log_is_new_queries_with_fallible_grades(market, tmp_path, monkeypatch):
@@ -247,13 +253,13 @@ def test_contests_without_a_log_leave_its_arms_out(market, tmp_path, monkeypatch
     def run(data, dataset, arm, fold, seed, backbone, terms, parts): asked.append((dataset, arm)); return dict(objective=0.5, seconds=1.0)
     monkeypatch.setattr(contest, "run_part", run)
     monkeypatch.setattr(contest, "write_results", lambda parts, out: [])
-    bench_quality("", tmp_path / "quality.json", folds=[0], seeds=[0], load=lambda *_: market, contests=[Contest("us"), Contest("market")], tell=lambda _: None)
-    assert {arm for dataset, arm in asked if dataset == "market"} == set(ARMS)
-    assert {arm for dataset, arm in asked if dataset == "us"} == {arm for arm in ARMS if "a log" not in arm}
+    bench_quality("", tmp_path / "quality.json", folds=[0], seeds=[0], load=lambda *_: market, contests=[Contest("us"), Contest("market", log=True)], tell=lambda _: None)
+    assert {arm for dataset, arm in asked if dataset == "market"} == set(ARMS | LOG_ARMS)
+    assert {arm for dataset, arm in asked if dataset == "us"} == set(ARMS)
 
 
 def test_every_arm_has_a_name_without_the_separator():
-    assert all(" · " not in arm for arm in ARMS)
+    assert all(" · " not in arm for arm in ARMS | LOG_ARMS)
 
 
 def test_an_unfinished_fold_waits(parts, market, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from mine_refine_nb.data import DataError, RelevanceData, query_ids
+from mine_refine_nb.data import DataError, RelevanceData, normalise_query, query_groups, query_ids
 from mine_refine_nb.encoder import Embeddings
 from mine_refine_nb.market import build_market, true_grades
 from mine_refine_nb.metrics import top_k
@@ -519,6 +519,10 @@ def test_a_log_keeps_what_is_new_and_gives_nothing_away(wide):
     assert [place[query] for query in log['query']] == sorted(place[query] for query in log['query'])
     assert log['query_id'].to_list() == query_ids(log).to_list()
     assert unjudged_queries(data, market.data.queries, 5).equals(log.head(5))
+    query, twin = next((query, twin) for query, twin in ((query, ' '.join(reversed(query.split()))) for query in held['query'])
+                       if normalise_query(twin) != normalise_query(query) and len(set(query_groups([query, twin]))) == 1)    # another form, the same words
+    asked = pl.DataFrame({'query': ['something nobody asked', twin], 'locale': held.filter(query=query)['locale'][0]})
+    assert unjudged_queries(data, asked)['query'].to_list() == ['something nobody asked']
 
 
 def test_candidates_of_a_log_are_spread_over_the_window_and_graded(wide):
