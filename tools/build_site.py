@@ -83,8 +83,14 @@ def plain_table(table: str) -> str:
     return re.sub(r"<tr>.*?</tr>", row, table, flags=re.S)
 
 
+def without_links(markdown: str) -> str:
+    "Markdown whose code holds no links: nbdev links a symbol in a signature's comments too, where the brackets would show."
+    def plain(code: re.Match) -> str: return re.sub(r"\[(`[^`\n]+`)\]\(\S+?\)", r"\1", code[0])
+    return re.sub(r"^```.*?^```", plain, markdown, flags=re.S | re.M)
+
+
 def lighten_outputs(notebook: Path, cache: Path) -> int:
-    "Replace each plotly output of a processed notebook by `figure_html`, each table by `plain_table`; return how many figures there were."
+    "Make a processed notebook's outputs ready for a page: figures, tables and signatures; return how many figures there were."
     nb, figures = json.loads(notebook.read_text(encoding="utf-8")), 0
     up = "../" * len(notebook.relative_to(cache).parent.parts)
     for output in (o for cell in nb["cells"] for o in cell.get("outputs", [])):
@@ -95,6 +101,8 @@ def lighten_outputs(notebook: Path, cache: Path) -> int:
         elif "text/html" in data:
             shown = "".join(data["text/html"])
             data["text/html"] = re.sub(r'<table [^>]*class="dataframe".*?</table>', lambda m: plain_table(m[0]), shown, flags=re.S)
+        elif "text/markdown" in data:
+            data["text/markdown"] = without_links("".join(data["text/markdown"]))
     notebook.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
     return figures
 
