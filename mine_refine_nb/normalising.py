@@ -105,14 +105,14 @@ def fit_norm(
     judged = validation.pairs.filter('listed', pl.col('grade') != UNJUDGED)
     temperature = fitting_temperature(judged['score'])
     typical = query_partitions(validation.run, temperature)['partition'].mean()
-    tried, rows = {share: QueryNorm(temperature, share, typical) for share in sorted({0.0, HALF, *shares})}, []
-    for share, norm in tried.items():
-        one = shifted(judged, norm.offsets(validation.run))
+    whole, rows = QueryNorm(temperature, 1.0, typical).offsets(validation.run), []    # an offset is in proportion to its share
+    for share in sorted({0.0, HALF, *shares}):
+        one = shifted(judged, whole.with_columns(offset=share * pl.col('offset')))
         found = boundary_metrics(one['score'], one['grade'])
         rows.append(dict(share=share, auc_2=found['auc_2'], auc_1=found['auc_1']))
     table = pl.DataFrame(rows).with_columns(gain=pl.min_horizontal(pl.col('auc_2') - pl.col('auc_2').first(), pl.col('auc_1') - pl.col('auc_1').first()))
     best, half = table.row(table['gain'].round(6).arg_max(), named=True), table.row(by_predicate=pl.col('share') == HALF, named=True)
-    return tried[best['share'] if best['gain'] > half['gain'] + CLEARLY else HALF], table
+    return QueryNorm(temperature, best['share'] if best['gain'] > half['gain'] + CLEARLY else HALF, typical), table
 
 # %% ../nbs/api/12e_normalising.ipynb #qn-31
 def without_matches(

@@ -430,18 +430,20 @@ def checked_scale(
     run: Run,
     validation: Evaluation,
     test: Evaluation,
+    volume: pl.DataFrame | None,    # from `known_volume`
 ) -> dict:    # JSON-safe
     "Thresholds and calibrator from validation, and how the thresholds did on test."
     chosen = choose_thresholds(validation.pairs)
-    return chosen.to_dict() | {"test": check_thresholds(chosen, test.pairs, run.data.products, known_volume(run.data)).to_dicts()}
+    return chosen.to_dict() | {"test": check_thresholds(chosen, test.pairs, run.data.products, volume).to_dicts()}
 
 
 def threshold_table(run: Run) -> dict:
     "Per stage: the scale of its scores, and of normalised ones with the norm."
-    tested, out = evaluations(run), {}
+    tested, volume, out = evaluations(run), known_volume(run.data), {}
     for stage, known in evaluations(run, "validation").items():
         norm = fit_norm(known)[0]
-        out[stage] = checked_scale(run, known, tested[stage]) | {"normalised": {"norm": norm.to_dict()} | checked_scale(run, normalised(known, norm), normalised(tested[stage], norm))}
+        even = checked_scale(run, normalised(known, norm), normalised(tested[stage], norm), volume)
+        out[stage] = checked_scale(run, known, tested[stage], volume) | {"normalised": {"norm": norm.to_dict()} | even}
     return out
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-54
@@ -470,8 +472,7 @@ def write_results(run: Run) -> None:
     histories = {stage: pl.read_parquet(run.folder / "training" / f"{stage}.parquet") for stage in ("stage1", "stage2")}
     mined = Mined.load(run.folder / "mined.parquet")
     write_report(run.folder / "report.html", run.record, tested, comparisons, histories, run.data, mining=mined.report, annotator=annotator,
-                 thresholds={stage: [one["grade >= 1"]["threshold"], one["grade >= 2"]["threshold"]] for stage, one in table.items()},
-                 vectors={stage: stage_vectors(run, stage) for stage in ("pretrained", "stage2")})
+                 thresholds=table, vectors={stage: stage_vectors(run, stage) for stage in ("pretrained", "stage2")})
 
 # %% ../nbs/api/17_pipeline.ipynb #cell-58
 def run_pipeline(

@@ -72,6 +72,9 @@ def test_a_run_leaves_what_the_contract_names(folder):
     for stage in ("pretrained", "stage1", "stage2"):
         normed = thresholds[stage]["normalised"]
         assert 0 <= normed["norm"]["share"] <= 1 and {"grade >= 1", "grade >= 2", "calibrator", "test"} <= set(normed)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    told = page[page.index("Promised and kept"):page.index('<h2 id="metrics">')]
+    assert all(f'{scale["grade >= 2"]["threshold"]:.3f}' in told for scale in (thresholds["stage2"], thresholds["stage2"]["normalised"]))
 
 
 def test_the_annotator_is_measured_beside_what_costs_nothing(folder):

@@ -57,6 +57,14 @@ def make_vectors(spread, seed):
                            products=np.repeat(queries, 12, 0) + far * rng.normal(size=(len(pairs), 8)))
 
 
+def make_scale(lower, upper, reads='short'):
+    "What thresholds.json has of a stage."
+    def row(boundary, by, part, **more): return dict(boundary=boundary, wish='balanced', by=by, part=part, queries=24, wanted=.7512, got=.7345, low=.71, high=.76, reads=reads) | more
+    rows = [row(boundary, *part) for boundary in (1, 2) for part in (('all', 'all'), ('locale', HOSTILE), ('category', 'Lamps'))]
+    rows.append(row(2, 'locale', 'jp', queries=6, got=None, low=None, high=None, reads='fewer than 10 queries'))
+    return {'grade >= 1': dict(threshold=lower), 'grade >= 2': dict(threshold=upper), 'test': rows}
+
+
 def make_run():
     table = pl.DataFrame({'metric': ['ndcg@10', 'auc_2', 'recall@50'], 'a': [.5512, .63, None], 'b': [.6034, .76, None],
                           'difference': [.0522, .13, None], 'low': [.0111, -.02, None], 'high': [.0931, .28, None],
@@ -74,7 +82,7 @@ def make_run():
         evaluations=dict(pretrained=make_evaluation(.03, .5512, 1), stage1=make_evaluation(.09, .5777, 2),
                          stage2=make_evaluation(.16, .6034, 3)),
         comparisons={'stage2 vs pretrained': table}, histories=dict(stage1=history, stage2=history), data=data,
-        thresholds=dict(stage2=[.47, .66]), vectors=dict(pretrained=make_vectors(.7, 1), stage2=make_vectors(.2, 2)),
+        thresholds=dict(stage1=make_scale(.4, .6), stage2=make_scale(.47, .66) | dict(normalised=make_scale(-.1, .05, 'above'))), vectors=dict(pretrained=make_vectors(.7, 1), stage2=make_vectors(.2, 2)),
         mining=dict(found=1234, removed=dict(too_close=77), note=HOSTILE, example=pl.DataFrame(dict(title=[HOSTILE]))))
 
 
@@ -133,7 +141,7 @@ def test_a_figure_is_drawn_at_once_where_plotly_is_there_already():
 def test_ridges_show_every_stage_and_the_thresholds(reader):
     strata = figure(reader, 'strata')
     assert [t['name'] for t in strata['data']] == ['relevant', 'moderate', 'irrelevant', 'median'] * 3
-    assert [s['x0'] for s in strata['layout']['shapes']] == [.47, .66]
+    assert [s['x0'] for s in strata['layout']['shapes']] == [.4, .6, .47, .66]
     assert 'auc_2 0.760' in strata['layout']['annotations'][2]['text']
 
 
@@ -145,6 +153,17 @@ def test_precision_and_recall_are_those_of_the_last_stage(reader):
     share = (passed['grade'] == 2).mean()
     said = int(re.search(r'(\d+)% of what passes', cuts['layout']['title']['text'].replace('<br>', ' '))[1])
     assert abs(said - 100 * share) <= 2
+
+
+def test_what_the_cuts_promised_and_kept_stands_beside_them(reader):
+    rows = report.promise_rows(make_run()['thresholds']['stage2'])
+    assert [(row['grade'], row['part'], row['scores'], row['cut']) for row in rows] == [
+        (f'≥ {grade}', part, scores, cut) for grade, parts, cuts in (('2', ('all', HOSTILE, 'jp'), ('0.660', '0.050')), ('1', ('all', HOSTILE), ('0.470', '-0.100')))
+        for part in parts for scores, cut in zip(('as they are', 'normalised'), cuts)]    # both scales side by side, categories left to the file
+    assert rows[0] | dict(measure='balanced accuracy', promised='0.751', kept='0.735', interval='0.710 to 0.760', reads='short', sign='loss') == rows[0]
+    assert rows[1]['sign'] == 'gain' and rows[4]['kept'] == '–' and rows[4]['interval'] == '' and rows[4]['reads'] == 'fewer than 10 queries'
+    assert [row['scores'] for row in report.promise_rows(make_scale(.4, .6))] == ['as they are'] * 5
+    assert 'Promised and kept' in reader.text and reader.text.count('fewer than 10 queries') == 2 and '-0.100' in reader.text and '0.400' not in reader.text
 
 
 def test_the_map_shows_queries_and_products_of_both_models(reader):
