@@ -48,12 +48,12 @@ class Shelf:
     def others(
         self,
         rows: Tensor,     # of the batch
-        vectors: Tensor,  # of the batch [rows, dim]: where there is nothing yet, its type and device
+        vectors: Tensor,  # of the batch [rows, dim], whose type and device the answer has
     ) -> tuple[Tensor, Tensor]:    # row numbers and vectors of what is not in the batch
         "What is remembered besides the batch."
         if self.vectors is None: return self.rows, vectors.detach()[:0]
         kept = ~torch.isin(self.rows, rows)
-        return self.rows[kept], self.vectors[kept.to(self.vectors.device)]
+        return self.rows[kept], self.vectors[kept.to(self.vectors.device)].to(vectors)
 
     def put(self, rows: Tensor, vectors: Tensor) -> None:
         "Remember the vectors of a batch."
@@ -104,5 +104,5 @@ def load_memory(
     file: Path,
 ) -> None:
     "Read what `save_memory` wrote."
-    for locale, sides in torch.load(file, weights_only=True).items():
+    for locale, sides in torch.load(file, map_location='cpu', weights_only=True).items():
         for shelf, (rows, vectors) in zip(memory.shelves[locale], sides): shelf.rows, shelf.vectors = rows, vectors

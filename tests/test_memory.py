@@ -78,6 +78,10 @@ def test_memory_is_bounded_and_comes_back_from_a_file(tmp_path):
     load_memory(again, tmp_path / "memory.pt")
     one, other = memory.widen(*fresh), again.widen(*fresh)
     assert one[0].shape == (2 + 3, 2 + 4) and all(torch.equal(a, b) for a, b in zip(one, other))
+    single = [part.float() if part.is_floating_point() else part for part in fresh]    # of a machine with another number type
+    load_memory(again, tmp_path / "memory.pt")
+    scores, grades = again.widen(*single)
+    assert scores.dtype == torch.float32 and torch.allclose(scores, one[0].float(), atol=1e-6) and torch.equal(grades, one[1])
 
 
 def test_an_impossible_memory_is_refused():
