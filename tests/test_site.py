@@ -78,6 +78,21 @@ def test_no_page_shows_the_markdown_of_a_link(site):
     assert not [p.name for p in pages(site) if re.search(r"\]\([^)\s]*\.ipynb|`\]\(http", p.read_text(encoding="utf-8"))]
 
 
+def test_a_signature_reads_as_it_was_written(site):
+    code = """def f(
+    a:polars.dataframe.frame.DataFrame | None=None, # of [`g`](https://x.org/api/y.html#g), as in torch.nn.Module
+    b:collections.abc.Callable[[__main__.Task, numpy.ndarray], mine_refine_nb.mining.Mined]=<function h>, c:str='a.B', d:Grade=Grade.RELEVANT,
+    e:Recipe=Recipe(steps=40, sides=(1, (2, 3)), name='long', seed=0), f:Norm=Norm(share=0.5)
+)->pathlib.Path: # where"""
+    assert build_site.plain_signature(code) == """def f(
+    a:DataFrame | None=None, # of `g`, as in torch.nn.Module
+    b:Callable[[Task, numpy.ndarray], Mined]=<function h>, c:str='a.B', d:Grade=Grade.RELEVANT,
+    e:Recipe=Recipe(...), f:Norm=Norm(share=0.5)
+)->Path: # where"""
+    shown = {p.name: re.findall(r"__main__|dataframe\.frame|collections\.abc", re.sub(r"<[^>]+>", "", p.read_text(encoding="utf-8"))) for p in pages(site) if p.parent.name == "api"}
+    assert len(shown) > 20 and not any(shown.values()), {name: found for name, found in shown.items() if found}
+
+
 def test_nothing_is_fetched_from_elsewhere(site):
     "Scripts, styles and pictures are the site's own."
     if "quarto" in (site / "index.html").read_text(encoding="utf-8").split('name="generator"', 1)[1][:30]:

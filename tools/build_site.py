@@ -83,10 +83,16 @@ def plain_table(table: str) -> str:
     return re.sub(r"<tr>.*?</tr>", row, table, flags=re.S)
 
 
-def without_links(markdown: str) -> str:
-    "Markdown whose code holds no links: nbdev links a symbol in a signature's comments too, where the brackets would show."
-    def plain(code: re.Match) -> str: return re.sub(r"\[(`[^`\n]+`)\]\(\S+?\)", r"\1", code[0])
-    return re.sub(r"^```.*?^```", plain, markdown, flags=re.S | re.M)
+def plain_signature(code: str) -> str:
+    """A signature as a reader wants it: classes without the modules they live in, of a long default only its class, and no
+    links in comments, where the brackets would show."""
+    def line(text: str) -> str:
+        head, mark, comment = text.partition(" # ")
+        head = re.sub(r"(?<![\w.'\"])(?:[a-z_]\w*\.)+(?=[A-Z])", "", head)
+        head = re.sub(r"(=[A-Z]\w*)(\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))", lambda m: m[0] if len(m[2]) <= 40 else f"{m[1]}(...)", head)
+        return head + mark + re.sub(r"\[(`[^`]+`)\]\(\S+?\)", r"\1", comment)
+
+    return "\n".join(map(line, code.split("\n")))
 
 
 def lighten_outputs(notebook: Path, cache: Path) -> int:
@@ -102,7 +108,8 @@ def lighten_outputs(notebook: Path, cache: Path) -> int:
             shown = "".join(data["text/html"])
             data["text/html"] = re.sub(r'<table [^>]*class="dataframe".*?</table>', lambda m: plain_table(m[0]), shown, flags=re.S)
         elif "text/markdown" in data:
-            data["text/markdown"] = without_links("".join(data["text/markdown"]))
+            shown = "".join(data["text/markdown"])
+            data["text/markdown"] = re.sub(r"^```python\n.*?^```", lambda m: plain_signature(m[0]), shown, flags=re.S | re.M)
     notebook.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
     return figures
 
