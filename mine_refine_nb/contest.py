@@ -13,7 +13,7 @@ __all__ = ['TERMS', 'PAPER', 'UPPER_MORE', 'ARMS', 'LOG_ARMS', 'KINDS', 'FUSION'
            'rebuild', 'save_part', 'part_name', 'made_of', 'is_kept', 'run_part', 'Contest', 'contest_data',
            'bench_quality', 'one_scale', 'union', 'cut_statistic', 'cut_rows', 'verdicts', 'plain', 'cut_values',
            'arm_folders', 'validated', 'main_arm', 'common', 'arm_evaluations', 'spent', 'rivals', 'write_results',
-           'arm_values', 'arm_verdicts', 'plot_verdicts']
+           'arm_values', 'arm_verdicts', 'verdict_table', 'plot_verdicts']
 
 # %% ../nbs/api/16c_contest.ipynb #cell-3
 import json
@@ -823,6 +823,21 @@ def arm_verdicts(
     rows = pl.DataFrame(found[kind]["verdicts"][way], infer_schema_length=None)
     rows = rows.filter(pl.col("metric").is_in(metrics), ~pl.col("other").str.starts_with("hybrid of ours"))
     return rows.select("other", "metric", "difference", "low", "high", "p", "p_corrected")
+
+# %% ../nbs/api/16c_contest.ipynb #show-table
+def verdict_table(
+    found: dict,    # one data set of the file of results
+    kind: str = "clean",
+    metrics: Sequence[str] = OBJECTIVE,
+    way: str = "",
+) -> pl.DataFrame:    # other, and per metric the difference with its 95% interval and, where it survives Holm's correction, a star
+    "`arm_verdicts` with one row for each other arm."
+    def told(row: dict) -> str:
+        if row["difference"] is None: return "not defined"
+        difference, low, high = (f"{row[name]:{sign}.3f}".replace("0.", ".", 1) for name, sign in (("difference", "+"), ("low", ""), ("high", "")))
+        return f"{difference} [{low}, {high}]" + "*" * ((row["p_corrected"] or 1) < 0.05)
+    rows = arm_verdicts(found, kind, metrics, way)
+    return rows.with_columns(said=pl.Series([told(row) for row in rows.iter_rows(named=True)], dtype=pl.String)).pivot("metric", index="other", values="said")
 
 # %% ../nbs/api/16c_contest.ipynb #show-plot
 COLOURS = ("#3b6fb6", "#2a9d6f", "#8e63ce")
