@@ -20,9 +20,8 @@ $(READY): constraints.txt settings.ini setup.py tools/install.sh
 demo: $(READY)  ## run the main job on the simulated market: a table of three stages and runs/demo/report.html
 	@$(BIN)/mine-refine run market --out runs/demo --preset quick --resume
 
-test: $(READY)  ## every check, in order, up to the first that fails
+test: $(READY)  ## every check: the gates, then the tests, which build the site too
 	@$(BIN)/python tools/gates.py
-	@$(BIN)/python tools/build_site.py
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=15
 
 docs: $(READY)  ## README.md from nbs/index.ipynb, and the site in _docs/
