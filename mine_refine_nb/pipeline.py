@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -381,11 +382,11 @@ def run_annotator(run: Run) -> None:
 def asked_annotator(
     run: Run,
     mined: Mined,
-    hints: Embeddings,  # of the pretrained encoder: the queries of `mined`, all products
+    hints: Callable[[], Embeddings],  # of the pretrained encoder, made only if somebody is asked: the queries of `mined`, all products
 ) -> Mined:
     "Pending pairs graded by the run's annotator, as far as it is sure; where no confidence is high enough, nobody is asked."
     sure = json.loads((run.folder / "annotator.json").read_text(encoding="utf-8"))["confidence"]
-    return mined if sure is None else relabel(mined, run.data, run_judge(run), sure, run.folder / "labels.db", hints, run.progress)
+    return mined if sure is None else relabel(mined, run.data, run_judge(run), sure, run.folder / "labels.db", hints(), run.progress)
 
 
 def run_mining(run: Run) -> None:
@@ -396,7 +397,7 @@ def run_mining(run: Run) -> None:
         pending = mined.rows.filter(kind="pending").select("query_id", "product_id", grade=pl.lit(0, pl.Int8), source=pl.lit("taken for irrelevant"))
         mined = apply_grades(mined, pending)
     elif who != "none":
-        mined = asked_annotator(run, mined, stage_vectors(run, "pretrained"))
+        mined = asked_annotator(run, mined, partial(stage_vectors, run, "pretrained"))
     mined.save(run.folder / "mined.parquet")
     if run.request.log:
         mine_run_log(run).save(run.folder / "mined_log.parquet")
@@ -416,7 +417,7 @@ def mine_run_log(run: Run) -> Mined:
     "Candidates of the log's queries by the stage-1 encoder, graded as far as the annotator is sure."
     log = unjudged_queries(run.data, load_log(run.request.log, run.data))
     if not log.height: raise DataError(f"{run.request.log}: each query was judged already, or nearly repeats one of validation or test: leave the log out")
-    return asked_annotator(run, mine_log(log_vectors(run, "stage1", log), run.data, log), log_vectors(run, "pretrained", log))
+    return asked_annotator(run, mine_log(log_vectors(run, "stage1", log), run.data, log), partial(log_vectors, run, "pretrained", log))
 
 
 def log_facts(run: Run) -> dict[str, int]:    # queries, candidates, graded; empty without a log

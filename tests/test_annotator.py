@@ -19,10 +19,22 @@ from mine_refine_nb.judging import PROBABILITIES, Calibration, Prompt, annotate,
 from mine_refine_nb.market import simulate
 
 
+PARSED = []    # the files that were read for `llm`
+
+
 @pytest.fixture(scope="module")
 def llm():
-    try: return load_llm()
+    plain = room.gguf.GGUFReader
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(room.gguf, "GGUFReader", lambda file: (PARSED.append(file), plain(file))[1])
+            return load_llm()
     except ValueError as error: pytest.skip(str(error))
+
+
+def test_the_packaged_file_is_parsed_once(llm):
+    "Tokenizer, settings and weights ask for it, five seconds each."
+    assert len(PARSED) == 1 and room.gguf.GGUFReader.__module__.startswith("gguf.")
 
 
 def pairs(*rows):

@@ -1,48 +1,25 @@
 """`mine-refine` as a user meets it: a whole run, what it leaves behind, and what it says to mistakes."""
-import io
 import json
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import polars as pl
 import pytest
 from sentence_transformers import SentenceTransformer
 
 from mine_refine_nb import cli, pipeline
-from mine_refine_nb.cli import main
 from mine_refine_nb.data import load_data, query_ids
 from mine_refine_nb.market import build_market
 from mine_refine_nb.mining import Mined
 from mine_refine_nb.pipeline import HEADLINE, Request, open_run, run_mining
 from mine_refine_nb.widgets import open_review
+from shell import COMMAND, call, start
 
-COMMAND = Path(sys.executable).with_name("mine-refine")
 ESCI = Path(__file__).resolve().parents[2] / "shared" / "data" / "esci"
 SMOKE = ["--preset", "smoke", "--backbone", "all-MiniLM-L6-v2"]
-
-
-def start(*arguments):
-    "The installed command, in a process of its own."
-    done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def call(*arguments, code=0):
-    "The same in this process, which has imported everything."
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [COMMAND.name, *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended: main()
-    assert (ended.value.code or 0) == code, out.getvalue() + err.getvalue()
-    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +64,24 @@ def test_the_annotator_is_measured_beside_what_costs_nothing(folder):
     assert "Who graded the mined pairs" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+def stopped(folder: Path, out: Path, step: str, **asked) -> Path:
+    "A copy of a run as it was before a step, asked for something else from there on."
+    shutil.copytree(folder, out)
+    record = json.loads((out / "run.json").read_text())
+    steps = list(record["seconds"])
+    record["seconds"] = {name: record["seconds"][name] for name in steps[:steps.index(step)]}
+    record["request"] |= asked
+    (out / "run.json").write_text(json.dumps(record))
+    return out
+
+
 @pytest.fixture(scope="module")
-def dropped(tmp_path_factory):
+def dropped(folder, tmp_path_factory):
     "A run in which nobody annotates."
-    out = tmp_path_factory.mktemp("runs") / "dropped"
-    call("run", "market", "--out", out, *SMOKE, "--annotator", "none")
+    out = stopped(folder, tmp_path_factory.mktemp("runs") / "dropped", "annotator", annotator="none")
+    shutil.rmtree(out / "annotator")
+    for name in ("annotator.json", "labels.db", "mined.parquet"): (out / name).unlink()
+    call("run", "market", "--out", out, *SMOKE, "--annotator", "none", "--resume")
     return out
 
 
@@ -120,12 +110,7 @@ def test_a_log_is_mined_graded_and_trained_on(folder, tmp_path, monkeypatch):
     "The annotator of a smoke run is sure of nothing; here its labels count all the same."
     asked = build_market(240, 120, seed=0).data.queries.select("query", "locale")
     asked.write_csv(tmp_path / "log.csv")
-    out, seen = tmp_path / "run", {}
-    shutil.copytree(folder, out)
-    record = json.loads((out / "run.json").read_text())
-    record["request"]["log"] = str(tmp_path / "log.csv")
-    record["seconds"] = {step: spent for step, spent in record["seconds"].items() if "stage 2" not in step and step not in ("mine", "report")}
-    (out / "run.json").write_text(json.dumps(record))
+    out, seen = stopped(folder, tmp_path / "run", "mine", log=str(tmp_path / "log.csv")), {}
     kept = json.loads((out / "annotator.json").read_text())
     (out / "annotator.json").write_text(json.dumps(kept | {"confidence": 0.0}))
     train = pipeline.train_stage2

