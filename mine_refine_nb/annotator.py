@@ -74,7 +74,9 @@ def parsed_once() -> Iterator[None]:
 
 # %% ../nbs/api/03_annotator.ipynb #cell-saved
 def load_saved_llm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    "A model of a folder or of the hub."
+    "A model of a folder or of the hub; a name that can be neither is refused before anybody is asked for it."
+    if not Path(name).is_dir() and str(name).count("/") != 1:
+        raise ValueError(f"no language model {str(name)!r}: the packaged one is {PACKAGED_LLM}; else give a folder or 'owner/model' on the hub")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         return AutoModelForCausalLM.from_pretrained(str(name), trust_remote_code=False, dtype=torch.float32), tokenizer

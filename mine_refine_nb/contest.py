@@ -41,7 +41,7 @@ from .cross_encoder import CrossRecipe
 from .data import RelevanceData, load_data, order_groups, product_text, query_groups, split_queries
 from .encoder import DEFAULT_BACKBONE, Embeddings, encode, load_backbone, with_similarity
 from .grades import Grade
-from .judging import ABOUT, PROBABILITIES, annotate, choose_confidence, confidence_table, pairs_of
+from .judging import ABOUT, PROBABILITIES, Annotator, annotate, choose_confidence, confidence_table, pairs_of
 from .machine import fast_dtype, write_json, write_whole
 from .market import Market, build_market, simulate
 from .memory import Memory
@@ -349,15 +349,16 @@ def annotated_log(
     model: SentenceTransformer,
     task: Task,    # of a market
     market: Market | None = None,    # the same market with its other queries; None: the contest's
-    rater: Rater = PAPER,
+    annotator: Annotator | None = None,    # None: a simulated one, `PAPER`
+    sure: float = 0.0,    # least probability of a label that enters
 ) -> Mined:
-    "Candidates of a market's other queries, graded by a simulated annotator."
+    "Candidates of a market's other queries, with the grades of an annotator."
     market = market or whole_market()
     if not market.data.products.equals(task.data.products): raise ValueError("only the contest on the market has a log whose true grades are known: leave out the arms 'with a log'")
     log = unjudged_queries(task.data, market.data.queries)
     vectors = Embeddings(log["query_id"].to_list(), encode(model, log["query"].to_list(), "query"),
                          task.data.products["product_id"].to_list(), encode(model, product_text(task.data.products).to_list(), "document"))
-    return relabel(mine_log(vectors, task.data, log), task.data, AskedRater(market, rater))
+    return relabel(mine_log(vectors, task.data, log), task.data, annotator or AskedRater(market, PAPER), sure)
 
 # %% ../nbs/api/16c_contest.ipynb #log-peer
 def train_peer_with_log(model: SentenceTransformer, task: Task) -> None:
