@@ -31,7 +31,7 @@ def judged_table(
 
 
 def block(
-    judged: csr_array,  # made by judged_table
+    judged: csr_array,  # made by `judged_table`
     queries: Tensor,  # row numbers
     products: Tensor,  # row numbers
 ) -> Tensor:  # grades [queries, products], -1 where nobody judged
