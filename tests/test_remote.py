@@ -823,6 +823,7 @@ def test_where_no_confidence_is_enough_nobody_is_asked(serve, tmp_path):
     (run.folder / "annotator.json").write_text(json.dumps({"confidence": None, "spent": 0.0}))
     run_mining(run)
     assert not server.seen and pl.read_parquet(run.folder / "mined.parquet").filter(kind="pending").height
+    assert set(run.vectors) == {"stage1"}    # the pretrained encoder's hints are for those who are asked
 
 
 def test_a_run_without_a_key_stops_before_any_work(tmp_path, monkeypatch):
