@@ -26,7 +26,7 @@ __all__ = ['SCORE_STEPS', 'Statistic', 'HEADLINE', 'WEIGHTS', 'REGRET', 'OPTIMA'
            'ks_distance', 'weighted_quantile', 'quantile_gap', 'mean_distance', 'd_prime', 'best_threshold', 'best_f1',
            'boundary_metrics', 'exponential_gains', 'ranking_measures', 'rank_metrics', 'top_k', 'search_catalogue',
            'judged_pairs', 'condensed_run', 'query_metrics', 'listed_queries', 'summarise', 'definitions', 'Evaluation',
-           'locale_metrics', 'evaluate_run', 'evaluate', 'mean_statistic', 'running_sum', 'auc_statistic',
+           'locale_metrics', 'evaluate_run', 'evaluate', 'mean_statistic', 'query_wins', 'running_sum', 'auc_statistic',
            'overlap_statistic', 'check_comparable', 'pooled_statistic', 'metric_statistic', 'interval',
            'difference_test', 'holm', 'compare', 'pair_weights', 'list_cuts', 'one_and_own', 'deal_anew', 'list_regret',
            'query_regret', 'score_cells', 'cell_masses', 'cell_measures', 'boundary_separation', 'regret_statistic',
@@ -524,6 +524,18 @@ def mean_statistic(
         return values[defined] @ weights[defined] / weights[defined].sum(axis=0)
     return statistic
 
+# %% ../nbs/api/08_metrics.ipynb #wins
+def query_wins(
+    below: Sequence[np.ndarray],  # each [upper pairs] how many lower pairs score less, and how many score less or the same
+    high: np.ndarray,             # [upper pairs] query
+    lower: np.ndarray,            # [lower pairs] query, in ascending order of score
+    units: int,                   # number of queries
+) -> np.ndarray:  # [units, units] ties count half
+    "How often the upper pairs of each query beat the lower pairs of each query."
+    def beating(places):    # [lower pairs] how many of some upper pairs beat each
+        return len(places) - np.cumsum(np.bincount(places, minlength=len(lower) + 1))[:-1]
+    return np.stack([np.bincount(lower, sum(beating(places[high == unit]) for places in below), units) for unit in range(units)]) / 2
+
 # %% ../nbs/api/08_metrics.ipynb #cell-92
 def running_sum(
     x: np.ndarray,    # [n, draws]
@@ -547,8 +559,11 @@ def auc_statistic(
     "A pooled boundary AUC as a function of the queries' weights."
     order = np.argsort(scores, kind='stable')
     scores, upper, unit = scores[order], upper[order], unit[order]
-    low, high, lower = scores[~upper], unit[upper], unit[~upper]
-    less, less_equal = (np.searchsorted(low, scores[upper], side) for side in ('left', 'right'))
+    low, high, lower, units = scores[~upper], unit[upper], unit[~upper], unit.max() + 1
+    less, less_equal = below = [np.searchsorted(low, scores[upper], side) for side in ('left', 'right')]
+    if units**2 <= 64 * len(scores):
+        wins, sides = query_wins(below, high, lower, units), [np.bincount(side, minlength=units) for side in (high, lower)]
+        return lambda weights: np.einsum('ub,ub->b', weights, wins @ weights) / np.prod(sides @ weights, axis=0)
     def statistic(weights):
         below = running_sum(weights[lower])
         beaten = np.einsum('nb,nb->b', weights[high], below[less] + below[less_equal]) / 2

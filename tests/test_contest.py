@@ -187,6 +187,30 @@ def test_results_are_plain_json(parts, tmp_path):
     assert {"global_f1_2", "global_bacc_1"} <= set(found["clean"]["values"]["MNRL"]) and "global_f1_2" not in found["clean"]["values"]["BM25"]
 
 
+def test_a_table_says_what_it_is_of(market, tmp_path):
+    logged, first = "ours, with a log and memory", "ours, with a log"
+    for arm, seeds in (("pretrained", 2), ("MNRL", 2), (logged, 2), (first, 1), ("ours, no mining", 1)):
+        for seed in range(seeds):
+            (tmp_path / part_name("market", arm, 0, seed)).mkdir()
+            write_json(tmp_path / part_name("market", arm, 0, seed) / "numbers.json", dict(values=dict(validation=dict.fromkeys(contest.OBJECTIVE, 0.5))))
+    there = arm_folders(tmp_path)
+    told = {name: {arm: len(some) for arm, some in contest.table_folders(there, table).items()} for name, table in contest.TABLES.items()}
+    assert told["market, with a log"] == {"pretrained": 1, "MNRL": 1, first: 1, logged: 1, "ours, no mining": 1}
+    assert told[contest.LOGGED] == {"pretrained": 1, "MNRL": 1, logged: 1, "ours, no mining": 1}
+    assert told[f"{contest.LOGGED}, seed 1"] == {"pretrained": 1, "MNRL": 1, logged: 1} and told[f"{contest.LOGGED}, seed 2"] == {}
+    assert told[f"{contest.LOGGED}, three seeds"] == {"pretrained": 2, "MNRL": 2, logged: 2}
+    assert {arm: len(some) for arm, some in contest.table_folders(there, contest.Table("market")).items()} == {"pretrained": 1, "MNRL": 1, "ours, no mining": 1}    # the seed that all have
+    assert contest.table_folders({"market": {arm: some for arm, some in there["market"].items() if arm not in LOG_ARMS}}, contest.TABLES[contest.LOGGED]) == {}
+
+
+def test_a_table_of_other_parts_stays(parts, tmp_path):
+    out = tmp_path / "q.json"
+    write_json(out, dict(elsewhere=1, market=2))
+    rows = write_results(parts, out, n=20)
+    kept = json.loads(out.read_text())
+    assert kept["elsewhere"] == 1 and set(kept) == {"elsewhere", "market"} and kept["market"]["ours"] and {row["table"] for row in rows} == {"market"}
+
+
 def test_a_stopped_contest_loses_one_arm(market, tmp_path, monkeypatch):
     done = []
     def part(data, dataset, arm, fold, seed, backbone, terms, parts):

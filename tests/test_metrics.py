@@ -445,6 +445,16 @@ def test_weighted_auc_counts_ties_half():
     assert statistic(np.ones((1, 1)))[0] == pytest.approx(loop_auc(scores, upper * 1, 1)) == (2 * (.5 + 1)) / 6
 
 
+def test_auc_of_few_long_lists_and_of_many_short_ones():
+    "The table of queries and the running sums over pairs agree to the last bit."
+    rng = np.random.default_rng(0)
+    scores, upper, pairs = rng.integers(0, 99, 300) / 99, rng.random(300) < .4, np.arange(300)
+    weights = rng.integers(0, 4, (30, 8)).astype(float)
+    by_table, by_sums = auc_statistic(scores, upper, pairs // 10), auc_statistic(scores, upper, pairs)
+    assert (by_table(weights) == by_sums(weights[pairs // 10])).all()
+    assert by_table(np.ones((30, 1)))[0] == pytest.approx(boundary_auc(scores, upper * 1, 1))
+
+
 def test_p_value_agrees_with_scipy():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 11))
