@@ -78,7 +78,7 @@ UPPER = {"rank": 0, "learning_rate": 1e-4, "description": 240}    # all weights 
 PRESETS = {
     "smoke": Preset(replace(STAGE1, **TINY), replace(STAGE2, **TINY), AnnotatorRecipe(epochs=1),
                     CrossRecipe(epochs=1, description=0, max_length=64), market=(240, 60), pairs=200, corner=(6, 40)),
-    "quick": Preset(STAGE1, STAGE2, AnnotatorRecipe(epochs=1), CrossRecipe(), market=(1500, 240), pairs=3000),
+    "quick": Preset(STAGE1, STAGE2, AnnotatorRecipe(epochs=1), CrossRecipe(description=0, max_length=64), market=(1500, 240), pairs=3000),
     "standard": Preset(scale(STAGE1, 4, max_length=96), scale(STAGE2, 4, max_length=96), AnnotatorRecipe(epochs=1, **UPPER), CrossRecipe(),
                        market=(6000, 900)),
     "full": Preset(scale(STAGE1, 12, **FULL), scale(STAGE2, 12, **FULL), AnnotatorRecipe(**UPPER),

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from mine_refine_nb import cross_encoder
-from mine_refine_nb.cross_encoder import CrossAnnotator, CrossRecipe, LengthBatches, build_cross, cross_dataset, cross_name, cross_texts, train_cross
+from mine_refine_nb.cross_encoder import CrossAnnotator, CrossRecipe, LengthBatches, build_cross, cross_dataset, cross_name, cross_texts, pair_lengths, train_cross
 from mine_refine_nb.data import DataError
 from mine_refine_nb.grades import DEFAULT_GUIDELINE
 from mine_refine_nb.judging import PROBABILITIES, Calibration, agreement, annotate, check_pairs, pairs_of
@@ -153,13 +153,23 @@ def test_another_recipe_does_not_go_on_from_this_one(killed):
 
 def test_every_pair_is_drawn_once_an_epoch(parts):
     dataset = cross_dataset(parts["train"].head(101), TINY)
-    sampler = LengthBatches(dataset, batch_size=8, drop_last=False, seed=3)
+    sampler = LengthBatches(dataset, lengths=[1] * 50 + [2] * 51, batch_size=8, drop_last=False, seed=3)
     epochs = []
     for epoch in range(2):
         sampler.set_epoch(epoch)
         epochs.append([row for batch in sampler for row in batch])
         assert sorted(epochs[-1]) == list(range(101)) and len(list(sampler)) == len(sampler) == 13
     assert epochs[0] != epochs[1]
+
+
+def test_batches_hold_pairs_of_like_length(parts, untrained):
+    dataset = cross_dataset(parts["train"], TINY)
+    texts = list(zip(dataset["query"], dataset["product"]))
+    lengths = pair_lengths(untrained.model, texts)
+    assert lengths[:64].tolist() == untrained.model.preprocess(texts[:64])["attention_mask"].sum(1).tolist()
+    def padded(batches): return sum(lengths[batch].max() * len(batch) for batch in batches) / lengths.sum()
+    drawn = np.random.default_rng(0).permutation(len(lengths))
+    assert padded(LengthBatches(dataset, lengths=lengths, batch_size=32, drop_last=False)) < 1.05 < 1.2 < padded(np.array_split(drawn, len(drawn) // 32))
 
 
 def test_ungraded_pairs_teach_nothing(parts):
