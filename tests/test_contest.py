@@ -187,7 +187,7 @@ def test_results_are_plain_json(parts, tmp_path):
     assert {"global_f1_2", "global_bacc_1"} <= set(found["clean"]["values"]["MNRL"]) and "global_f1_2" not in found["clean"]["values"]["BM25"]
 
 
-def test_a_table_says_what_it_is_of(market, tmp_path):
+def test_a_table_says_what_it_is_of(tmp_path):
     logged, first = "ours, with a log and memory", "ours, with a log"
     for arm, seeds in (("pretrained", 2), ("MNRL", 2), (logged, 2), (first, 1), ("ours, no mining", 1)):
         for seed in range(seeds):
