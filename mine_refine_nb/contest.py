@@ -773,6 +773,8 @@ class Table:
 
 LOGGED, EARLIER = "market, with a log and memory", ("ours, with a log",)
 TABLES = {
+    "us": Table("us", seeds=(0,)),
+    "us, three seeds": Table("us", seeds=(0, 1, 2)),
     "market, with a log": Table("market", True, seeds=(0,)),
     LOGGED: Table("market", True, EARLIER, (0,)),
     f"{LOGGED}, seed 1": Table("market", True, EARLIER, (1,)),
@@ -815,18 +817,21 @@ def write_results(
     "Values, costs and verdicts of every table whose parts are there."
     there, out = arm_folders(Path(parts)), Path(out)
     before, made = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}, {}
+    told: list[dict] = []
     for name, table in ({dataset: Table(dataset) for dataset in there} | TABLES if tables is None else tables).items():
         folders, here = table_folders(there, table), {}
         if not folders: continue
         ours = {way: main_arm(folders, way) for way in WAYS if main_arm(folders)}
         for kind in KINDS:
             arms = arm_evaluations(folders, kind)
+            against = {way: verdicts(rivals(arms, way), f"{way} of {arm}" if way else arm, n) for way, arm in ours.items()}
+            told += [dict(table=name, kind=kind, **row) for row in against.get("", pl.DataFrame()).to_dicts()]
             here[kind] = dict(values={arm: one.values | one.counts | cut_values(one) for arm, one in arms.items()},
-                              verdicts={way: verdicts(rivals(arms, way), f"{way} of {arm}" if way else arm, n).to_dicts() for way, arm in ours.items()},
+                              verdicts={way: rows.drop("a", "b", strict=False).to_dict(as_series=False) for way, rows in against.items()},    # a and b are values
                               per_locale={arm: one.per_locale for arm, one in arms.items() if len(one.per_locale) > 1})
         made[name] = here | dict(ours=ours, cost={arm: spent(some) for arm, some in folders.items()}, parts={arm: len(some) for arm, some in folders.items()})
     write_json(out, plain(before | made))
-    return [dict(table=name, kind=kind, **row) for name, here in made.items() for kind in KINDS for row in here[kind]["verdicts"].get("", [])]
+    return told
 
 # %% ../nbs/api/16c_contest.ipynb #show-values
 SHOWN = ("ndcg@10", "recall@50", "precision@10", "ndcg@10_judged", "auc_2", "auc_1", "overlap_2", "overlap_1", "global_f1_2", "global_f1_1")

@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from mine_refine_nb import contest
-from mine_refine_nb.contest import (ARMS, LOG_ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, asked_only, bench_quality, best_blend, best_rate, common, contest_data, cut_statistic, fold_data, fold_of, main_arm, one_scale,
+from mine_refine_nb.contest import (ARMS, LOG_ARMS, ClassLabelLoss, Contest, Task, Terms, arm_evaluations, arm_folders, arm_verdicts, asked_only, bench_quality, best_blend, best_rate, common, contest_data, cut_statistic, fold_data, fold_of, main_arm, one_scale,
                                     part_name, rebuild, save_part, searched, train_arm, union, verdicts, with_thresholds, write_results)
 from mine_refine_nb.data import query_groups
 from mine_refine_nb.machine import write_json
@@ -156,7 +156,7 @@ def test_each_way_has_a_main_arm_of_its_own(market, tmp_path):
     write_results(tmp_path / "q.parts", tmp_path / "q.json", n=20)
     found = json.loads((tmp_path / "q.json").read_text())["market"]
     assert found["ours"] == {"": "ours, no mining", "blend": "ours, no mining", "normalised": "ours, stage 1", "normalised blend": "ours, stage 1"}
-    assert "normalised of ours, no mining" in {row["other"] for row in found["clean"]["verdicts"]["normalised"]}
+    assert "normalised of ours, no mining" in found["clean"]["verdicts"]["normalised"]["other"]
 
 
 def test_verdicts_count_all_comparisons(parts):
@@ -183,21 +183,25 @@ def test_results_are_plain_json(parts, tmp_path):
     rows = write_results(parts, tmp_path / "quality.json", n=20)
     found = json.loads((tmp_path / "quality.json").read_text())["market"]
     assert set(found["ours"].values()) == {"ours, stage 1"} and found["cost"]["MNRL"]["texts"] == 10
-    assert {"BM25", "hybrid of pretrained", "MNRL", "normalised blend of MNRL"} <= set(found["clean"]["values"]) and len(rows) == 2 * len(found["clean"]["verdicts"][""])
+    assert {"BM25", "hybrid of pretrained", "MNRL", "normalised blend of MNRL"} <= set(found["clean"]["values"]) and len(rows) == 2 * len(found["clean"]["verdicts"][""]["p"])
+    for row in arm_verdicts(found, metrics=("ndcg@10", "auc_1")).iter_rows(named=True):    # verdicts are kept without the values that they are of
+        mine, other = (found["clean"]["values"][arm][row["metric"]] for arm in ("ours, stage 1", row["other"]))
+        assert row["difference"] == pytest.approx(mine - other, abs=1e-6)
     assert {"global_f1_2", "global_bacc_1"} <= set(found["clean"]["values"]["MNRL"]) and "global_f1_2" not in found["clean"]["values"]["BM25"]
 
 
 def test_a_table_says_what_it_is_of(tmp_path):
     logged, first = "ours, with a log and memory", "ours, with a log"
-    for arm, seeds in (("pretrained", 2), ("MNRL", 2), (logged, 2), (first, 1), ("ours, no mining", 1)):
-        for seed in range(seeds):
-            (tmp_path / part_name("market", arm, 0, seed)).mkdir()
-            write_json(tmp_path / part_name("market", arm, 0, seed) / "numbers.json", dict(values=dict(validation=dict.fromkeys(contest.OBJECTIVE, 0.5))))
+    wanted = {"market": {"pretrained": 2, "MNRL": 2, logged: 2, first: 1, "ours, no mining": 1}, "us": {"pretrained": 3, "ours, stage 1": 3, "MNRL": 3, "AnglE": 1}}
+    for dataset, arm, seed in ((dataset, arm, seed) for dataset, arms in wanted.items() for arm, seeds in arms.items() for seed in range(seeds)):
+        (tmp_path / part_name(dataset, arm, 0, seed)).mkdir()
+        write_json(tmp_path / part_name(dataset, arm, 0, seed) / "numbers.json", dict(values=dict(validation=dict.fromkeys(contest.OBJECTIVE, 0.5))))
     there = arm_folders(tmp_path)
     told = {name: {arm: len(some) for arm, some in contest.table_folders(there, table).items()} for name, table in contest.TABLES.items()}
     assert told["market, with a log"] == {"pretrained": 1, "MNRL": 1, first: 1, logged: 1, "ours, no mining": 1}
     assert told[contest.LOGGED] == {"pretrained": 1, "MNRL": 1, logged: 1, "ours, no mining": 1}
     assert told[f"{contest.LOGGED}, seed 1"] == {"pretrained": 1, "MNRL": 1, logged: 1} and told[f"{contest.LOGGED}, seed 2"] == {}
+    assert told["us"] == {"pretrained": 1, "ours, stage 1": 1, "MNRL": 1, "AnglE": 1} and told["us, three seeds"] == {"pretrained": 3, "ours, stage 1": 3, "MNRL": 3}
     assert told[f"{contest.LOGGED}, three seeds"] == {"pretrained": 2, "MNRL": 2, logged: 2}
     assert {arm: len(some) for arm, some in contest.table_folders(there, contest.Table("market")).items()} == {"pretrained": 1, "MNRL": 1, "ours, no mining": 1}    # the seed that all have
     assert contest.table_folders({"market": {arm: some for arm, some in there["market"].items() if arm not in LOG_ARMS}}, contest.TABLES[contest.LOGGED]) == {}
