@@ -443,11 +443,12 @@ def keep_blend(
     model: SentenceTransformer,  # at the end of training
     before: dict[str, torch.Tensor],  # as for `blend`
     start: float,  # validation objective of the weights before
+    end: float,  # and of those now
     evaluator: GradedEvaluator,
 ) -> dict[float, float]:  # share -> validation objective
     "Leave the model at the share of the way that `choose_blend` says."
     after = {name: weight.detach().clone() for name, weight in model.named_parameters() if name in before}
-    found = {0.0: start, 1.0: evaluator(model)["objective"]}
+    found = {0.0: start, 1.0: end}
     blend(model, before, after, PRIOR)
     found[PRIOR] = evaluator(model)["objective"]
     blend(model, before, after, choose_blend(found))
@@ -528,7 +529,8 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     log = [{f"eval_{name}": value for name, value in start.items()} | {"step": 0}, *trainer.state.log_history]
     if evaluator:
-        found = keep_blend(model, before, start["objective"], evaluator)
+        end = trainer.state.best_metric if trainer.state.best_metric is not None else evaluator(model)["objective"]    # None: fewer steps than `evaluate_every`
+        found = keep_blend(model, before, start["objective"], end, evaluator)
         log.append({f"blend {share:g}": value for share, value in found.items()} | {"step": trainer.state.global_step})
     model.requires_grad_(True)
     shutil.rmtree(checkpoints, ignore_errors=True)
