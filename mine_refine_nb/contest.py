@@ -775,6 +775,7 @@ LOGGED, EARLIER = "market, with a log and memory", ("ours, with a log",)
 TABLES = {
     "us": Table("us", seeds=(0,)),
     "us, three seeds": Table("us", seeds=(0, 1, 2)),
+    "market": Table("market", seeds=(0,)),
     "market, with a log": Table("market", True, seeds=(0,)),
     LOGGED: Table("market", True, EARLIER, (0,)),
     f"{LOGGED}, seed 1": Table("market", True, EARLIER, (1,)),
