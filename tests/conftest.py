@@ -23,7 +23,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     # what takes longest first, so that no worker waits for the other at the end
-    items.sort(key=lambda item: 0 if re.search("test_cli|test_lab", item.nodeid) else 1 if "::test_runs" in item.nodeid else 2)
+    items.sort(key=lambda item: 0 if re.search("test_(cli|lab|site|cross)", item.nodeid) else 1 if "::test_runs" in item.nodeid else 2)
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
