@@ -334,7 +334,7 @@ def mine_annotated(model: SentenceTransformer, task: Task) -> Mined:
     validation = with_similarity(pairs_of(task.data.split("validation")), hints)
     sure = choose_confidence(confidence_table(annotate(annotator, validation).select(PROBABILITIES).to_numpy(), validation["grade"]), WANTED)
     mined = mine_dropped(model, task)
-    return mined if sure is None else relabel(mined, task.data, annotator, sure, hints=hints)
+    return mined if sure is None else relabel(mined, task.data, annotator, sure, folder.with_suffix(".labels"), hints)
 
 # %% ../nbs/api/16c_contest.ipynb #log-market
 PAPER = Rater("an annotator as accurate as the paper's", confusion(0.112, 0.012))

@@ -529,8 +529,7 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     log = [{f"eval_{name}": value for name, value in start.items()} | {"step": 0}, *trainer.state.log_history]
     if evaluator:
-        end = trainer.state.best_metric if trainer.state.best_metric is not None else evaluator(model)["objective"]    # None: fewer steps than `evaluate_every`
-        found = keep_blend(model, before, start["objective"], end, evaluator)
+        found = keep_blend(model, before, start["objective"], trainer.state.best_metric, evaluator)    # the trainer validates its last step, too
         log.append({f"blend {share:g}": value for share, value in found.items()} | {"step": trainer.state.global_step})
     model.requires_grad_(True)
     shutil.rmtree(checkpoints, ignore_errors=True)

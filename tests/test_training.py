@@ -173,6 +173,13 @@ def test_a_step_that_does_not_help_is_not_kept(market, model, tmp_path):
     assert np.allclose(encode(model, ["red shoes"], "query"), before, atol=1e-5)
 
 
+def test_fewer_steps_than_one_validation_are_validated_at_their_end(market, model, tmp_path):
+    history = train(model, market, {"contrast": LabelAwareSupConLoss(unjudged="negative")}, replace(TINY, steps=2), tmp_path, progress=False)
+    objective = history.filter(name="validation objective")
+    assert objective["step"].to_list() == [0, 2]
+    assert history.filter(pl.col("name").is_in(["blend 0", "blend 1"])).sort("name")["value"].to_list() == objective["value"].to_list()
+
+
 class Stop(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 4:
