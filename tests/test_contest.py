@@ -409,3 +409,13 @@ def test_the_overview_tells_the_results():
         for arm, cell in zip([*[*rows][:-3], one["ours"][""], f"blend of {one['ours']['blend']}", last], told, strict=True):
             if cell == "not measured": assert arm not in values
             else: assert cell == " · ".join(f"{values[arm][name]:.3f}".lstrip("0") for name in ("ndcg@10", "auc_2", "auc_1")), (dataset, arm)
+
+
+def test_the_overview_tells_what_second_stages_do():
+    "The first page's table of second stages has the numbers of the results."
+    root = Path(__file__).resolve().parent.parent
+    values = json.loads((root / "nbs/benchmarks/results/quality.json").read_text())["us, mining"]["clean"]["values"]
+    told = (root / "README.md").read_text(encoding="utf-8").split("| second stage |")[1].split("\n\n")[0].splitlines()[2:]
+    for line, arm in zip(told, contest.SECOND, strict=True):
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        assert cells == [f"{values[arm][name]:.3f}".lstrip("0") for name in ("ndcg@10", "ndcg@10_judged", "recall@50", "auc_2", "auc_1")], arm
