@@ -17,6 +17,7 @@ from mine_refine_nb.data import query_groups
 from mine_refine_nb.machine import write_json
 from mine_refine_nb.market import build_market, simulate, true_grades
 from mine_refine_nb.metrics import boundary_auc, evaluate
+from mine_refine_nb.shoppers import AskedRater
 from mine_refine_nb.encoder import Embeddings
 from mine_refine_nb.losses import supcon_loss
 
@@ -276,6 +277,24 @@ def test_a_log_is_new_queries_with_fallible_grades(market, tmp_path, monkeypatch
         assert 0.8 < (true_grades(whole, rows) == rows["grade"]).mean() < 0.95
     monkeypatch.undo()
     with pytest.raises(ValueError, match="leave out the arms 'with a log'"): contest.annotated_log(None, task)
+
+
+def test_learning_rates_share_an_annotator_and_its_labels(market, tmp_path, monkeypatch):
+    fitted, asked = [], []
+
+    class Counted(AskedRater):
+        def judge(self, pairs): asked.append(pairs.height); return super().judge(pairs)
+
+    rater = Counted(build_market(200, 40, ("en",), 0), contest.PAPER)
+    def fit(data, hints, folder, *rest, **more): fitted.append(folder); write_json(folder / contest.ABOUT, {}); return rater
+    monkeypatch.setattr(contest, "fit_annotator", fit)
+    monkeypatch.setattr(contest, "open_annotator", lambda folder: rater)
+    task = Task(fold_data(market, 0), TERMS, 1e-3, 0, tmp_path / "run", "all-MiniLM-L6-v2", np.zeros(0))
+    model = contest.fresh(task).eval()
+    first, before = contest.mine_annotated(model, task), sum(asked)
+    assert contest.mine_annotated(model, task).rows.equals(first.rows) and len(fitted) == 1
+    labels, validation = first.rows.filter(kind="annotated"), task.data.split("validation").judgments
+    assert before > labels.height > 0 and sum(asked) - before == validation.select("query_id", "product_id").n_unique()    # for the confidence; no candidate again
 
 
 def test_contests_without_a_log_leave_its_arms_out(market, tmp_path, monkeypatch):
