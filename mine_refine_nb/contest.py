@@ -779,6 +779,8 @@ TABLES = {
     "us": Table("us", without=UNJUDGED_TOO, seeds=(0,)),
     "us, mining": Table("us", without=tuple(ARMS.keys() - {"pretrained", *SECOND}), seeds=(0,)),
     "us, three seeds": Table("us", without=UNJUDGED_TOO, seeds=(0, 1, 2)),
+    "es+jp": Table("es+jp", seeds=(0,)),
+    "es+jp, three seeds": Table("es+jp", seeds=(0, 1, 2)),
     "market": Table("market", seeds=(0,)),
     "market, with a log": Table("market", True, STEPS, (0,)),
     LOGGED: Table("market", True, ASIDE, (0,)),
