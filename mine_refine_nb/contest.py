@@ -665,12 +665,16 @@ def one_scale(pairs: pl.DataFrame) -> pl.DataFrame:
 def union(
     folders: Sequence[Path],    # parts of one arm: folds, seeds
     kind: str,                  # 'clean', 'misspelled', or one of the others of `measure_arm`
+    short: bool = False,        # over the queries with short lists, in place of those with long ones
 ) -> Evaluation:
-    "The evaluation of an arm over all its folds and seeds."
+    "The evaluation of an arm over all its folds and seeds; ValueError where no query has a short list."
     per_query = pl.concat([pl.read_parquet(folder / f"{kind} queries.parquet") for folder in folders])
     pairs = pl.concat([one_scale(pl.read_parquet(folder / f"{kind} pairs.parquet")) for folder in folders], how="diagonal")
+    if short:
+        per_query, pairs = (rows.with_columns(~pl.col("listed")) for rows in (per_query, pairs))
+        if not per_query["listed"].any(): raise ValueError(f"{folders[0]}: every query has a long list; take the table of these, without `short`")
     keys, names = ["query_id", "query", "locale", "judged", "listed"], [name for name, dtype in per_query.schema.items() if dtype == pl.Float64]
-    definitions = json.loads((folders[0] / "numbers.json").read_text(encoding="utf-8"))["definitions"]
+    definitions = json.loads((folders[0] / "numbers.json").read_text(encoding="utf-8"))["definitions"] | (dict(min_judged=1) if short else {})
     return rebuild(per_query.group_by(keys, maintain_order=True).agg(pl.col(names).mean()).sort("query_id"), pairs, definitions)
 
 # %% ../nbs/api/16c_contest.ipynb #cell-48
@@ -769,6 +773,7 @@ class Table:
     log: bool = False    # whether the arms of `LOG_ARMS` take part
     without: tuple[str, ...] = ()    # arms that stay out
     seeds: tuple[int, ...] | None = None    # None: all that are there
+    short: bool = False    # of the queries with short lists, in place of those with long ones
 
 
 UNJUDGED_TOO = ("ours, mined as 0", "ours, full")    # train on mined pairs that nobody judged
@@ -788,6 +793,7 @@ TABLES = {
     f"{LOGGED}, seed 2": Table("market", True, ASIDE, (2,)),
     f"{LOGGED}, three seeds": Table("market", True, ASIDE, (0, 1, 2)),
 }
+TABLES |= {f"{name}, short lists": replace(TABLES[name], short=True) for name in ("us", "us, mining")}
 
 
 def table_folders(there: dict[str, dict[str, list[Path]]], table: Table) -> dict[str, list[Path]]:    # arm -> folders; empty where something is missing
@@ -797,11 +803,11 @@ def table_folders(there: dict[str, dict[str, list[Path]]], table: Table) -> dict
     return common({arm: some for arm, some in arms.items() if some}) if not table.log or LOG_ARMS.keys() & arms else {}
 
 # %% ../nbs/api/16c_contest.ipynb #cell-53
-def arm_evaluations(folders: dict[str, list[Path]], kind: str) -> dict[str, Evaluation]:
+def arm_evaluations(folders: dict[str, list[Path]], kind: str, short: bool = False) -> dict[str, Evaluation]:
     "Every arm's union in each of `WAYS`, BM25 and the hybrids among them."
-    out = {f"{way} of {arm}" if way else arm: union(some, named(way, kind)) for way in WAYS for arm, some in folders.items()}
-    if "pretrained" in folders: out["BM25"] = union(folders["pretrained"], named("BM25", kind))
-    return out | {f"hybrid of {arm}": union(some, named("hybrid", kind)) for arm, some in folders.items() if arm == "pretrained" or arm.startswith("ours")}
+    out = {f"{way} of {arm}" if way else arm: union(some, named(way, kind), short) for way in WAYS for arm, some in folders.items()}
+    if "pretrained" in folders: out["BM25"] = union(folders["pretrained"], named("BM25", kind), short)
+    return out | {f"hybrid of {arm}": union(some, named("hybrid", kind), short) for arm, some in folders.items() if arm == "pretrained" or arm.startswith("ours")}
 
 # %% ../nbs/api/16c_contest.ipynb #cell-53-b
 def spent(folders: Sequence[Path]) -> dict:    # medians over folds and seeds
@@ -830,13 +836,14 @@ def write_results(
         if not folders: continue
         ours = {way: main_arm(folders, way) for way in WAYS if main_arm(folders)}
         for kind in KINDS:
-            arms = arm_evaluations(folders, kind)
+            arms = arm_evaluations(folders, kind, table.short)
             against = {way: verdicts(rivals(arms, way), f"{way} of {arm}" if way else arm, n) for way, arm in ours.items()}
             told += [dict(table=name, kind=kind, **row) for row in against.get("", pl.DataFrame()).to_dicts()]
             here[kind] = dict(values={arm: one.values | one.counts | cut_values(one) for arm, one in arms.items()},
                               verdicts={way: rows.drop("a", "b", strict=False).to_dict(as_series=False) for way, rows in against.items()},    # a and b are values
                               per_locale={arm: one.per_locale for arm, one in arms.items() if len(one.per_locale) > 1})
-        made[name] = here | dict(ours=ours, cost={arm: spent(some) for arm, some in folders.items()}, parts={arm: len(some) for arm, some in folders.items()})
+        made[name] = here | dict(ours=ours, cost={arm: spent(some) for arm, some in folders.items()}, parts={arm: len(some) for arm, some in folders.items()},
+                                 validation={arm: {part.name.split(" · ", 2)[2]: validated([part], "") for part in some} for arm, some in folders.items()})
     write_json(out, plain(before | made))
     return told
 

@@ -141,6 +141,23 @@ def test_the_union_holds_every_query_once_and_averages_seeds(parts, market):
     assert len(twice.per_query) == len(whole.per_query) and len(twice.pairs) == 2 * len(whole.pairs)
 
 
+def test_short_lists_are_asked_in_place_of_long_ones(parts, tmp_path):
+    with pytest.raises(ValueError, match="fold 0 · seed 0: every query has a long list"): union(arm_folders(parts)["market"]["MNRL"], "clean", short=True)
+    few = pl.read_parquet(arm_folders(parts)["market"]["MNRL"][0] / "clean queries.parquet")["query_id"].head(3).implode()
+    for path in Path(shutil.copytree(parts, tmp_path / "q.parts")).glob("*/*.parquet"):
+        pl.read_parquet(path).with_columns(listed=~pl.col("query_id").is_in(few)).write_parquet(path)
+    folder = arm_folders(tmp_path / "q.parts")["market"]["MNRL"][0]
+    short, long = union([folder], "clean", short=True), union([folder], "clean")
+    queries, pairs = (pl.read_parquet(folder / f"clean {rows}.parquet").filter(pl.col("query_id").is_in(few)) for rows in ("queries", "pairs"))
+    scores = one_scale(pl.read_parquet(folder / "clean pairs.parquet")).filter(pl.col("query_id").is_in(few))["score"]
+    assert short.counts == {"queries": 3, "judgments": len(pairs), "min_judged": 1} and long.counts["min_judged"] > 1
+    assert short.values["ndcg@10"] == pytest.approx(queries["ndcg@10"].mean()) != long.values["ndcg@10"]
+    assert short.values["auc_1"] == pytest.approx(boundary_auc(scores, pairs["grade"], 1))
+    write_results(tmp_path / "q.parts", tmp_path / "q.json", n=20, tables={"few": contest.Table("market", short=True)})
+    found = json.loads((tmp_path / "q.json").read_text())["few"]["misspelled"]
+    assert {found["values"][arm]["queries"] for arm in ("BM25", "MNRL", "blend of MNRL", "hybrid of pretrained")} == {3} and found["verdicts"][""]["p"]
+
+
 def test_an_arm_that_lacks_a_fold_is_not_compared(parts):
     assert set(common(arm_folders(parts)["market"])) == {"pretrained", "MNRL", "ours, stage 1"}
 
@@ -188,6 +205,8 @@ def test_results_are_plain_json(parts, tmp_path):
     for row in arm_verdicts(found, metrics=("ndcg@10", "auc_1")).iter_rows(named=True):    # verdicts are kept without the values that they are of
         mine, other = (found["clean"]["values"][arm][row["metric"]] for arm in ("ours, stage 1", row["other"]))
         assert row["difference"] == pytest.approx(mine - other, abs=1e-6)
+    told = found["validation"]["MNRL"]    # what `main_arm` goes by, part by part
+    assert len(told) == found["parts"]["MNRL"] and contest.validated(arm_folders(parts)["market"]["MNRL"], "") == pytest.approx(np.median([*told.values()]), abs=1e-6)
     assert {"global_f1_2", "global_bacc_1"} <= set(found["clean"]["values"]["MNRL"]) and "global_f1_2" not in found["clean"]["values"]["BM25"]
 
 
