@@ -8,8 +8,8 @@ __all__ = ['SUPCON', 'CIRCLE', 'LOSSES', 'LOCALES', 'GROWTH', 'PARTS', 'in_turns
            'loss_batch', 'grade_of', 'our_loss', 'their_loss', 'loss_memory', 'value_and_gradients', 'compare_times',
            'compare_memory', 'loss_speed', 'Prepared', 'ready_data', 'mining_data', 'mining_speed', 'shared_candidates',
            'evaluation_speed', 'vocabulary', 'words', 'phrases', 'esci_products', 'esci_examples', 'write_esci',
-           'reading_speed', 'data_speed', 'losses_at', 'mining_at', 'evaluation_at', 'reading_at', 'growth', 'slope',
-           'bench_peers']
+           'reading_speed', 'data_speed', 'training_at', 'losses_at', 'mining_at', 'evaluation_at', 'reading_at',
+           'growth', 'slope', 'bench_peers']
 
 # %% ../nbs/api/16b_speed.ipynb #cell-2
 import contextlib
@@ -471,6 +471,13 @@ def data_speed(judgments: int = 2_600_000, products: int = 1_800_000) -> dict:
         subprocess.run([sys.executable, "-c", f"from mine_refine_nb.speed import write_esci; write_esci({folder!r}, {judgments}, {products})"], check=True)
         return apart(f"reading_speed({folder!r})")
 
+# %% ../nbs/api/16b_speed.ipynb #training-at
+def training_at(steps: int, queries: int = 12, products: int = 16) -> dict:
+    "Processor seconds of growing numbers of judged pairs in training."
+    found = training_speed(steps=steps, queries=queries, products=products, rounds=1, frozen=None)
+    pairs = steps * queries * products
+    return {"size": pairs, "seconds": pairs / found["ours pairs per second"], "theirs": pairs / found["CoSENT pairs per second"]}
+
 # %% ../nbs/api/16b_speed.ipynb #cell-80
 def losses_at(products: int, queries: int = 256) -> dict:
     "Seconds of our losses, forward and backward, for a growing batch."
@@ -495,7 +502,7 @@ def reading_at(judgments: int) -> dict:
     return {"size": judgments, "seconds": data_speed(judgments, judgments * 9 // 13)["cpu_seconds"]}
 
 # %% ../nbs/api/16b_speed.ipynb #cell-88
-GROWTH = {"losses": [512, 1024, 2048, 4096, 8192], "mining": [5_000, 10_000, 20_000, 40_000], "evaluation": [5_000, 10_000, 20_000, 40_000],
+GROWTH = {"training": [1, 2, 4, 8], "losses": [512, 1024, 2048, 4096, 8192], "mining": [5_000, 10_000, 20_000, 40_000], "evaluation": [5_000, 10_000, 20_000, 40_000],
           "reading": [10_000, 30_000, 100_000, 300_000, 1_000_000]}
 
 # %% ../nbs/api/16b_speed.ipynb #cell-90

@@ -122,6 +122,13 @@ def test_slope_of_squares_is_two():
     assert slope([dict(size=n, seconds=3.0 * n**2) for n in (1, 10, 100)]) == pytest.approx(2)
 
 
+def test_training_grows_by_its_steps(monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed, "training_speed", lambda **how: asked.append(how) or {"ours pairs per second": 96.0, "CoSENT pairs per second": 24.0})
+    assert speed.training_at(4) == {"size": 768, "seconds": 8.0, "theirs": 32.0}
+    assert asked == [dict(steps=4, queries=12, products=16, rounds=1, frozen=None)] and all(hasattr(speed, f"{part}_at") for part in speed.GROWTH)
+
+
 def test_a_stopped_measurement_goes_on(tmp_path, monkeypatch):
     calls = []
     def apart(call):
