@@ -14,7 +14,8 @@ __all__ = ['TERMS', 'PAPER', 'UPPER_MORE', 'ARMS', 'LOG_ARMS', 'KINDS', 'FUSION'
            'rebuild', 'save_part', 'part_name', 'made_of', 'is_kept', 'run_part', 'Contest', 'contest_data',
            'bench_quality', 'one_scale', 'union', 'cut_statistic', 'cut_rows', 'verdicts', 'plain', 'cut_values',
            'arm_folders', 'validated', 'main_arm', 'common', 'Table', 'table_folders', 'arm_evaluations', 'spent',
-           'rivals', 'write_results', 'arm_values', 'arm_verdicts', 'verdict_table', 'plot_verdicts']
+           'rivals', 'write_results', 'arm_values', 'normalised_values', 'arm_verdicts', 'verdict_table',
+           'plot_verdicts']
 
 # %% ../nbs/api/16c_contest.ipynb #cell-3
 import json
@@ -861,6 +862,16 @@ def arm_values(
     arms = {arm: values for arm, values in found[kind]["values"].items() if (arm.startswith(f"{way} of ") if way else " of " not in arm or arm.startswith("hybrid of "))}
     order = sorted(arms, key=lambda arm: (arm.startswith("hybrid"), arm == "BM25", arm.startswith("ours"), arm != "pretrained"))
     return pl.DataFrame([dict(arm=arm) | {name: arms[arm].get(name) for name in shown} for arm in order])
+
+# %% ../nbs/api/16c_contest.ipynb #show-normalised
+def normalised_values(
+    found: dict,    # one data set of the file of results
+    kind: str = "clean",
+    shown: Sequence[str] = ("auc_2", "auc_1", "global_bacc_2", "global_bacc_1"),
+) -> pl.DataFrame:    # arm, and every metric twice, the second one 'normalised'
+    "Each arm's numbers as it is and with what a query scores anyway taken off."
+    rows, both = found[kind]["values"], (("", ""), ("normalised of ", ", normalised"))
+    return pl.DataFrame([dict(arm=arm) | {f"{name}{more}": rows[f"{way}{arm}"][name] for name in shown for way, more in both} for arm in found["parts"]])
 
 # %% ../nbs/api/16c_contest.ipynb #show-verdicts
 def arm_verdicts(
