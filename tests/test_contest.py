@@ -223,6 +223,7 @@ def test_a_table_says_what_it_is_of(tmp_path):
     assert told[f"{contest.LOGGED}, seed 1"] == {"pretrained": 1, "MNRL": 1, logged: 1} and told[f"{contest.LOGGED}, seed 2"] == {}
     assert told["market"] == {"pretrained": 1, "MNRL": 1, "ours, no mining": 1}
     assert told["us, mining"] == {"pretrained": 1, "ours, no mining": 1, "ours, full": 1}
+    assert told["us, full"] == {"pretrained": 1, "MNRL": 1, "AnglE": 1, "ours, full": 1} == told["us, full, short lists"]
     assert told["us"] == {"pretrained": 1, "ours, stage 1": 1, "MNRL": 1, "AnglE": 1, "ours, no mining": 1} and told["us, three seeds"] == {"pretrained": 3, "ours, stage 1": 3, "MNRL": 3}
     assert told["es+jp"] == {"pretrained": 1, "ours, stage 1": 1, "AnglE": 1} and told["es+jp, three seeds"] == {"pretrained": 3, "ours, stage 1": 3}
     assert told[f"{contest.LOGGED}, three seeds"] == {"pretrained": 2, "MNRL": 2, logged: 2}
