@@ -14,7 +14,7 @@ __all__ = ['TERMS', 'PAPER', 'UPPER_MORE', 'ARMS', 'LOG_ARMS', 'KINDS', 'FUSION'
            'rebuild', 'save_part', 'part_name', 'made_of', 'is_kept', 'run_part', 'Contest', 'contest_data',
            'bench_quality', 'one_scale', 'union', 'cut_statistic', 'cut_rows', 'verdicts', 'plain', 'cut_values',
            'arm_folders', 'validated', 'main_arm', 'common', 'Table', 'table_folders', 'arm_evaluations', 'spent',
-           'rivals', 'write_results', 'arm_values', 'normalised_values', 'arm_verdicts', 'verdict_table',
+           'seed_values', 'rivals', 'write_results', 'arm_values', 'normalised_values', 'arm_verdicts', 'verdict_table',
            'plot_verdicts']
 
 # %% ../nbs/api/16c_contest.ipynb #cell-3
@@ -818,6 +818,15 @@ def spent(folders: Sequence[Path]) -> dict:    # medians over folds and seeds
     numbers = [json.loads((folder / "numbers.json").read_text(encoding="utf-8")) for folder in folders]
     return pl.DataFrame([{key: one.get(key) for key in ("seconds", "cpu_seconds", "texts", "pairs", "rate", "objective")} for one in numbers]).median().to_dicts()[0]
 
+# %% ../nbs/api/16c_contest.ipynb #seed-values
+def seed_values(folders: dict[str, list[Path]], kind: str, short: bool = False) -> dict[str, dict[str, dict[str, float]]]:    # seed -> arm -> metric; empty for one seed
+    "What the objective is made of, for each seed by itself."
+    seeds = sorted({folder.name.rsplit(" ", 1)[1] for some in folders.values() for folder in some})
+    def one(some: list[Path], seed: str) -> dict[str, float]:
+        values = union([folder for folder in some if folder.name.endswith(f" {seed}")], kind, short).values
+        return {metric: values[metric] for metric in OBJECTIVE}
+    return {seed: {arm: one(some, seed) for arm, some in folders.items()} for seed in seeds} if len(seeds) > 1 else {}
+
 # %% ../nbs/api/16c_contest.ipynb #wo2
 def rivals(arms: dict[str, Evaluation], way: str) -> dict[str, Evaluation]:
     "The arms as they are, and those that are used in one of `WAYS`; hybrids among plain encoders."
@@ -844,6 +853,7 @@ def write_results(
             told += [dict(table=name, kind=kind, **row) for row in against.get("", pl.DataFrame()).to_dicts()]
             here[kind] = dict(values={arm: one.values | one.counts | cut_values(one) for arm, one in arms.items()},
                               verdicts={way: rows.drop("a", "b", strict=False).to_dict(as_series=False) for way, rows in against.items()},    # a and b are values
+                              per_seed=seed_values(folders, kind, table.short),
                               per_locale={arm: one.per_locale for arm, one in arms.items() if len(one.per_locale) > 1})
         made[name] = here | dict(ours=ours, cost={arm: spent(some) for arm, some in folders.items()}, parts={arm: len(some) for arm, some in folders.items()},
                                  validation={arm: {part.name.split(" · ", 2)[2]: validated([part], "") for part in some} for arm, some in folders.items()})

@@ -205,9 +205,19 @@ def test_results_are_plain_json(parts, tmp_path):
     for row in arm_verdicts(found, metrics=("ndcg@10", "auc_1")).iter_rows(named=True):    # verdicts are kept without the values that they are of
         mine, other = (found["clean"]["values"][arm][row["metric"]] for arm in ("ours, stage 1", row["other"]))
         assert row["difference"] == pytest.approx(mine - other, abs=1e-6)
+    assert found["clean"]["per_seed"] == {}    # there is one seed
     told = found["validation"]["MNRL"]    # what `main_arm` goes by, part by part
     assert len(told) == found["parts"]["MNRL"] and contest.validated(arm_folders(parts)["market"]["MNRL"], "") == pytest.approx(np.median([*told.values()]), abs=1e-6)
     assert {"global_f1_2", "global_bacc_1"} <= set(found["clean"]["values"]["MNRL"]) and "global_f1_2" not in found["clean"]["values"]["BM25"]
+
+
+def test_each_seed_has_its_own_values(parts, tmp_path):
+    for folder in parts.iterdir():
+        for seed in (0, 1): shutil.copytree(folder, tmp_path / "two.parts" / folder.name.replace("seed 0", f"seed {seed}"))
+    one, two = (contest.table_folders(arm_folders(where), contest.Table("market")) for where in (parts, tmp_path / "two.parts"))
+    told, alone = contest.seed_values(two, "clean"), arm_evaluations(one, "clean")
+    assert list(told) == ["0", "1"] and told["0"] == told["1"] and contest.seed_values(one, "clean") == {}
+    assert told["1"] == {arm: {metric: alone[arm].values[metric] for metric in contest.OBJECTIVE} for arm in one}
 
 
 def test_a_table_says_what_it_is_of(tmp_path):
