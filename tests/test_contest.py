@@ -454,7 +454,7 @@ def test_the_overview_tells_the_results():
     overview = (root / "README.md").read_text(encoding="utf-8").split("## Against what people would train otherwise")[1].split("\n\n## ")[0]
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in overview.splitlines() if " · " in line}
     for dataset, told in zip(("us", "us, short lists", "es+jp", "market"), zip(*rows.values()), strict=True):
-        one, last = found["us, three seeds" if dataset == "us" else dataset], [*rows][-1]
+        one, last = found[f"{dataset}, three seeds" if dataset in ("us", "es+jp") else dataset], [*rows][-1]
         values = one["clean"]["values"] | ({last: found[f"{dataset}, with a log and memory"]["clean"]["values"][last]} if dataset == "market" else {})
         for arm, cell in zip([*[*rows][:-3], one["ours"][""], f"blend of {one['ours']['blend']}", last], told, strict=True):
             if cell == "not measured": assert arm not in values
