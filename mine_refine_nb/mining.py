@@ -30,9 +30,9 @@ __all__ = ['ROWS', 'NOISE', 'REASONS', 'REPORT', 'PLAIN', 'lengths', 'check_vect
            'coarse', 'bound_last', 'as_lists', 'shortlist', 'search_all', 'build_index', 'search', 'list_catalogue',
            'count_before', 'exact_ranks', 'rank_judged', 'first_reason', 'boundary_tests', 'hard_samples',
            'pending_samples', 'count_removed', 'score_table', 'short_queries', 'advice', 'MiningReport', 'report_parts',
-           'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'assemble', 'check_labels', 'apply_grades',
-           'relabel', 'unsure_rows', 'load_log', 'unjudged_queries', 'mine_log', 'hidden_truth', 'save_mined',
-           'load_mined', 'recall_against_flat']
+           'report_text', 'report_html', 'Mined', 'check_settings', 'mine', 'in_order', 'assemble', 'check_labels',
+           'apply_grades', 'relabel', 'unsure_rows', 'load_log', 'unjudged_queries', 'mine_log', 'hidden_truth',
+           'save_mined', 'load_mined', 'recall_against_flat']
 
 # %% ../nbs/api/11_mining.ipynb #cell-9
 ROWS = dict(query_id=pl.String, query=pl.String, product_id=pl.String, grade=pl.Int8, kind=pl.String, score=pl.Float64,
@@ -275,14 +275,15 @@ def rank_judged(
     emb: Embeddings,       # of one model
     data: RelevanceData,   # whose judgments are ranked
     listed: pl.DataFrame | None = None,  # as from `list_catalogue`, exact; None: count every rank
-    boundary: int = 1,     # products of this grade and above are ranked however deep they lie
+    boundary: int = 1,     # products of this grade and above are counted below the list
+    every: bool = True,    # False: only where the list has fewer places than the query has such products
 ) -> pl.DataFrame:  # query_id, query, product_id, grade, locale, score (null outside the catalogue), rank (null if below the list and not counted)
     "Every judged pair with its score and rank in the catalogue of its locale."
     query_at, product_at = ({name: i for i, name in enumerate(ids)} for ids in (emb.query_ids, emb.product_ids))
     if listed is None: listed, boundary = pl.DataFrame(schema=ROWS), 0
     pairs = data.judgments.sort('query_id', 'product_id').join(
         listed.select('query_id', 'product_id', 'rank'), on=['query_id', 'product_id'], how='left', maintain_order='left')
-    parts = []
+    depth, parts = listed['rank'].max() or 0, []
     for (locale,), part in pairs.group_by('locale', maintain_order=True):
         rows = candidates(data, locale)
         place = np.full(len(emb.products), -1)
@@ -291,7 +292,8 @@ def rank_judged(
         scores = np.rint(pair_scores(emb.queries, emb.products, left, right) * SCORE_STEPS) / SCORE_STEPS
         scores[place[right] < 0] = np.nan
         ranks = part['rank'].fill_null(0).to_numpy(writable=True)
-        deep = np.flatnonzero((place[right] >= 0) & (ranks == 0) & (part['grade'] >= boundary).to_numpy())
+        above = (place[right] >= 0) & (part['grade'] >= boundary).to_numpy()
+        deep = np.flatnonzero(above & (ranks == 0) & (every | (np.bincount(left, above)[left] > depth)))
         if len(deep): ranks[deep] = exact_ranks(emb.queries, emb.products[rows], left[deep], place[right[deep]])
         parts.append(part.select('query_id', 'query', 'product_id', 'grade', 'locale').with_columns(
             score=pl.Series(scores).fill_nan(None), rank=pl.Series(ranks).replace(0, None)))
@@ -322,12 +324,12 @@ def boundary_tests(
     worst_above = pl.col('score').filter(above).min().over('query_id')
     ideal = (above & there).sum().over('query_id')
     low, high = pl.col('score') <= best_below, pl.col('score') >= worst_above   # null where that side is empty
-    return (above & (low.fill_null(False) | (pl.col('rank') > ideal)), ~above & high.fill_null(False),
+    return (above & (low.fill_null(False) | (pl.col('rank') > ideal).fill_null(True)), ~above & high.fill_null(False),
             ~above & worst_above.is_not_null())
 
 # %% ../nbs/api/11_mining.ipynb #cell-55
 def hard_samples(
-    judged: pl.DataFrame,           # as from `rank_judged`, which counted from the lowest boundary up
+    judged: pl.DataFrame,           # as from `rank_judged`, from the lowest boundary up
     boundaries: tuple[int, ...] = (2,),  # grade boundaries to mine
     depth: int = 100,               # a hard negative ranks at most here
 ) -> pl.DataFrame:  # `judged` with kind and removed (the reason, null where the pair is taken)
@@ -479,7 +481,7 @@ def report_html(report: MiningReport) -> str: # for a notebook
 @dataclass(frozen=True, eq=False)
 class Mined:
     "Mined samples with provenance, and the report of the mining."
-    rows: pl.DataFrame    # the columns of `ROWS`; grade is -1 while pending, source null until somebody graded
+    rows: pl.DataFrame    # the columns of `ROWS`; grade is -1 while pending, source null until somebody graded, rank null below the list
     report: MiningReport
 
     def save(self, path: str | Path) -> Path: return save_mined(self, path)
@@ -518,6 +520,7 @@ def mine(
     per_query: int = 10,    # pending candidates per query
     boundaries: tuple[int, ...] = (2,),  # grade boundaries of the hard samples
     parameters: str = '',   # of the FAISS search, as 'nprobe=16'
+    ranks: bool = False,    # count how deep hard positives lie that are not on the list, which takes a second search
 ) -> Mined:
     "Hard positives, hard negatives and pending candidates of one split, with a report."
     check_settings(depth, window, per_query, boundaries)
@@ -527,7 +530,7 @@ def mine(
         raise ValueError(f'mining: the split {split!r} of {data.name} has no judgments; the data holds {held}')
     check_vectors(emb, part)
     listed = list_catalogue(emb, part, depth)
-    judged = rank_judged(emb, part, listed, min(boundaries))
+    judged = rank_judged(emb, part, listed, min(boundaries), ranks)
     if factory != 'Flat' or parameters: listed = list_catalogue(emb, part, depth, factory, parameters)
     texts = part.products.select('product_id', text=product_text(part.products))
     pending = pending_samples(listed, judged, texts, window, margin, per_query)
@@ -535,6 +538,13 @@ def mine(
                     factory=factory, parameters=parameters, depth=depth, window=list(window), margin=margin,
                     per_query=per_query, boundaries=list(boundaries))
     return assemble(hard_samples(judged, boundaries, depth), pending, judged, part, settings)
+
+# %% ../nbs/api/11_mining.ipynb #order
+def in_order(
+    rows: pl.DataFrame,  # query_id, kind, rank, score
+) -> pl.DataFrame:
+    "Rows by query, kind and rank; last those below the list, by score."
+    return rows.sort('query_id', 'kind', 'rank', -pl.col('score'), nulls_last=True)
 
 # %% ../nbs/api/11_mining.ipynb #cell-87
 def assemble(
@@ -546,8 +556,7 @@ def assemble(
 ) -> Mined:
     "Sorted rows of what was taken, and the report about all of it."
     samples = pl.concat([hard.with_columns(source=pl.lit(data.name)), pending], how='diagonal_relaxed')
-    rows = (samples.filter(pl.col('removed').is_null()).select(pl.col(name).cast(kind) for name, kind in ROWS.items())
-            .sort('query_id', 'kind', 'rank'))
+    rows = in_order(samples.filter(pl.col('removed').is_null()).select(pl.col(name).cast(kind) for name, kind in ROWS.items()))
     scores = score_table(pl.concat([judged.with_columns(kind=pl.lit('judged')), rows], how='diagonal_relaxed'))
     return Mined(rows, MiningReport(count_removed(samples), short_queries(pending, data.queries, settings['per_query']),
                                     scores, settings))
@@ -582,10 +591,10 @@ def apply_grades(
     check_labels(mined.rows, labels)
     graded = labels.filter(pl.col('grade') >= 0).select('query_id', 'product_id', given='grade', giver='source')
     new = pl.col('given').is_not_null()
-    rows = (mined.rows.join(graded, on=['query_id', 'product_id'], how='left')
+    rows = in_order(mined.rows.join(graded, on=['query_id', 'product_id'], how='left')
             .with_columns(kind=pl.when(new).then(pl.lit('annotated')).otherwise('kind'),
                           grade=pl.coalesce('given', 'grade'), source=pl.coalesce('giver', 'source'))
-            .select(pl.col(name).cast(kind) for name, kind in ROWS.items()).sort('query_id', 'kind', 'rank'))
+            .select(pl.col(name).cast(kind) for name, kind in ROWS.items()))
     scores = pl.concat([mined.report.scores.filter(pl.col('kind') == 'judged'), score_table(rows)]).sort(
         'kind', 'grade', descending=[False, True])
     return Mined(rows, replace(mined.report, scores=scores))

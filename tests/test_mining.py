@@ -101,6 +101,17 @@ def assert_same(mined, expected):
         assert got[key][0] == rank and got[key][1] == pytest.approx(score, abs=1e-9)
 
 
+def assert_mines(emb, data, **options):
+    "Both ways of mining find what brute force finds; without counting, what is below the list may have no rank."
+    expected = slow(emb, data, **options)
+    counted, quick = mine(emb, data, **options, ranks=True), mine(emb, data, **options)
+    assert_same(counted, expected)
+    known = pl.col('rank') <= options['depth']
+    assert quick.rows.drop('rank').sort('query_id', 'product_id', 'kind').equals(counted.rows.drop('rank').sort('query_id', 'product_id', 'kind'))
+    assert quick.rows.filter(known).equals(counted.rows.filter(known)) and quick.rows.filter(kind='pending')['rank'].null_count() == 0
+    assert quick.report.filters.equals(counted.report.filters)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 40), st.booleans(), st.booleans(), st.integers(0, 12),
        st.sampled_from([None, .0123, .4567]), st.sampled_from([(1,), (2,), (1, 2)]), st.integers(1, 60),
@@ -109,21 +120,21 @@ def test_equals_brute_force(seed, queries, products, coarse, locales, copies, ma
     emb, data = random_case(seed, queries, products, coarse=coarse, locales=locales, copies=copies)
     options = dict(depth=depth, window=(min(2, depth), depth), margin=margin, per_query=per_query,
                    boundaries=boundaries)
-    assert_same(mine(emb, data, **options), slow(emb, data, **options))
+    assert_mines(emb, data, **options)
 
 
 @pytest.mark.parametrize('seed', range(8))
 def test_equals_brute_force_with_every_option(seed):
     emb, data = random_case(seed, queries=12, products=120, per=10, locales=True, copies=10)
     options = dict(depth=60, window=(2, 50), margin=.3, per_query=12, boundaries=(1, 2))
-    assert_same(mine(emb, data, **options), slow(emb, data, **options))
+    assert_mines(emb, data, **options)
 
 
 def test_equals_brute_force_at_real_width():
     "Copies of one vector, far apart in a catalogue of 900: float32 products of them differ in the last digit."
     emb, data = random_case(1, queries=24, products=900, dim=96, per=20, copies=300, locales=True)
     options = dict(depth=60, window=(1, 40), margin=None, per_query=7, boundaries=(1, 2))
-    assert_same(mine(emb, data, **options), slow(emb, data, **options))
+    assert_mines(emb, data, **options)
 
 
 def test_several_positives_leave_a_full_list():
@@ -149,10 +160,11 @@ def test_equal_scores_stand_in_catalogue_order(shift):
     p = np.tile([[1., 0.]], (100 + shift, 1))
     p[:shift] = [0., 1.]
     emb, data = make([[1, .2]], p, [(0, shift + 99, 2)])
-    mined = mine(emb, data, depth=10, window=(1, 10))
+    mined = mine(emb, data, depth=10, window=(1, 10), ranks=True)
     assert mined.rows.filter(kind='pending')['product_id'].to_list() == [f'p{j}' for j in range(shift, shift + 10)]
     assert mined.rows.filter(kind='hard_positive')['rank'].to_list() == [100]
-    assert mined.rows.equals(mine(emb, data, depth=10, window=(1, 10)).rows)
+    assert mined.rows.equals(mine(emb, data, depth=10, window=(1, 10), ranks=True).rows)
+    assert mine(emb, data, depth=10, window=(1, 10)).rows.filter(kind='hard_positive')['rank'].to_list() == [None]
 
 
 def test_an_equal_score_is_wrong_on_both_sides():
@@ -379,10 +391,23 @@ def test_a_product_below_the_list_is_counted_only_where_its_rank_matters(boundar
     assert short.filter(~low)['rank'].null_count() == short.filter(~low)['score'].null_count()
 
 
+def test_a_list_with_too_few_places_is_counted_below():
+    "Five relevant products and three places: the fifth is in its place at rank 5, which the list cannot tell."
+    p = np.stack([np.cos(np.arange(40) / 40), np.sin(np.arange(40) / 40)], axis=1)
+    emb, data = make([[1, 0]], p, [(0, j, 2) for j in (0, 1, 2, 3, 4)] + [(0, 30, 0)])
+    assert mine(emb, data, depth=3, window=(1, 3)).rows.filter(kind='hard_positive').is_empty()
+    emb, data = make([[1, 0]], p, [(0, j, 2) for j in (0, 1, 2, 3, 9)] + [(0, 30, 0)])
+    taken = mine(emb, data, depth=3, window=(1, 3)).rows.filter(kind='hard_positive')
+    assert taken.select('product_id', 'rank').rows() == [('p9', 10)]
+    emb, data = make([[1, 0]], p, [(0, 0, 2), (0, 9, 2), (0, 7, 2), (0, 30, 0)])
+    taken = mine(emb, data, depth=3, window=(1, 3)).rows.filter(kind='hard_positive')
+    assert taken.select('product_id', 'rank').rows() == [('p7', None), ('p9', None)]    # by score
+
+
 def test_the_same_rows_forever():
     "Rows of an earlier version, which searched with FAISS and counted every rank: mining must not change when it becomes faster."
     emb, data = random_case(15, queries=40, products=600, dim=24, per=12, copies=20, locales=True)
-    rows = mine(emb, data, depth=60, window=(2, 40), margin=.5, per_query=8, boundaries=(1, 2)).rows
+    rows = mine(emb, data, depth=60, window=(2, 40), margin=.5, per_query=8, boundaries=(1, 2), ranks=True).rows
     text = rows.select('query_id', 'product_id', 'kind', 'rank').write_csv()
     assert (len(rows), rows['rank'].max(), hashlib.sha1(text.encode()).hexdigest()[:16]) == (552, 583, 'd096297b5df460b6')
 
