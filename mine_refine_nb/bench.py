@@ -165,9 +165,10 @@ def bench_speed(
     rows: int = 10_000_000,    # of the log that is audited
     vectors: int = 20_000,     # that are indexed
     peers: bool = True,        # also against the libraries that one would use otherwise, and how each part grows
+    lists: str | Path | None = None,    # as in `bench_peers`
 ) -> list[dict]:           # figure, value: for a table
     "Measure and write how fast everything is; figures of peers that the file has already are kept."
-    found = bench_peers(out, **({} if peers else NO_PEERS))
+    found = bench_peers(out, **(dict(lists=lists) if peers else NO_PEERS))
     found |= {"annotator": apart(f"annotator_speed({pairs}, {rounds})"), "audit": audit_speed(rows), "index": index_figures(vectors),
               "augment": {"seconds_per_million_copies": spelling_speed()}}
     write_json(out, found)

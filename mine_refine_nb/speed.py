@@ -7,14 +7,15 @@ __all__ = ['SUPCON', 'CIRCLE', 'LOSSES', 'LOCALES', 'GROWTH', 'PARTS', 'in_turns
            'trainer_settings', 'long_lists', 'list_training', 'pair_training', 'training_side', 'training_speed',
            'loss_batch', 'grade_of', 'our_loss', 'their_loss', 'loss_memory', 'value_and_gradients', 'compare_times',
            'compare_memory', 'loss_speed', 'Prepared', 'ready_data', 'mining_data', 'mining_speed', 'shared_candidates',
-           'evaluation_speed', 'vocabulary', 'words', 'phrases', 'esci_products', 'esci_examples', 'write_esci',
-           'reading_speed', 'data_speed', 'training_at', 'losses_at', 'mining_at', 'evaluation_at', 'reading_at',
-           'growth', 'slope', 'bench_peers']
+           'evaluation_speed', 'vocabulary', 'words', 'phrases', 'long_texts', 'esci_products', 'esci_examples',
+           'write_esci', 'reading_speed', 'data_speed', 'training_at', 'losses_at', 'mining_at', 'evaluation_at',
+           'reading_at', 'growth', 'slope', 'processor', 'bench_peers']
 
 # %% ../nbs/api/16b_speed.ipynb #cell-2
 import contextlib
 import io
 import json
+import platform
 import re
 import resource
 import subprocess
@@ -69,10 +70,12 @@ def ratio(
     return median(a / b for a, b in zip(found[slow], found[fast]))
 
 # %% ../nbs/api/16b_speed.ipynb #cell-9
-def peak_memory() -> float:
+def peak_memory(
+    now: bool = False,    # what it holds at the moment, where the system tells
+) -> float:
     "The most memory that this process ever held, in GB."
     status = Path("/proc/self/status")
-    if status.exists(): return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9
+    if status.exists(): return int(re.search(rf"Vm{'RSS' if now else 'HWM'}:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 # %% ../nbs/api/16b_speed.ipynb #cell-11
@@ -236,7 +239,7 @@ def loss_memory(side: str, kind: str, queries: int, products: int) -> dict:    #
     "Memory that forward and backward add to what the batch already takes, in GB."
     batch = loss_batch(queries, products)
     LOSSES[side](kind, *loss_batch(8, 64)).backward()    # load what has to be loaded
-    before = peak_memory()
+    before = peak_memory(now=True)
     LOSSES[side](kind, *batch).backward()
     return {"gb": peak_memory() - before}
 
@@ -259,7 +262,7 @@ def compare_times(
     "Time one loss on all sides and compare what they compute."
     run, found = partial(value_and_gradients, kind=kind, batch=batch), {}
     results = {side: run(side) for side in LOSSES}
-    theirs, seconds = results["pytorch-metric-learning"], in_turns({side: partial(run, side) for side in LOSSES}, rounds)
+    theirs, seconds = results["pytorch-metric-learning"], in_turns({side: partial(run, side) for side in LOSSES}, rounds, time.process_time)
     for side in ("ours", "ours in blocks"):
         found[f"{kind}, {side}: times faster"] = ratio(seconds, "pytorch-metric-learning", side)
         found[f"{kind}, {side}: greatest relative difference"] = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results[side], theirs))
@@ -409,6 +412,19 @@ def phrases(
     "Texts of equally many words."
     return pl.select(pl.concat_str([words(rng, known, n) for _ in range(length)], separator=" ")).to_series()
 
+# %% ../nbs/api/16b_speed.ipynb #long-texts
+def long_texts(
+    rng: np.random.Generator,
+    known: np.ndarray,    # from `vocabulary`
+    n: int,
+    length: int,          # words of each
+    share: float,         # of the rows that have one
+) -> pl.Series:           # n texts, null where there is none
+    "Long texts, no two alike."
+    pool = phrases(rng, known, min(n, 20_000), length - 1)
+    text = pl.concat_str(words(rng, known, n), pool.gather(rng.integers(0, len(pool), n)), separator=" ")
+    return pl.select(pl.when(pl.Series(rng.random(n) < share)).then(text)).to_series()
+
 # %% ../nbs/api/16b_speed.ipynb #cell-69
 LOCALES = np.array(["us", "us", "us", "us", "us", "us", "us", "jp", "jp", "es"])    # of row number modulo 10
 
@@ -420,8 +436,8 @@ def esci_products(
 ) -> pl.DataFrame:        # as in ESCI's products file
     "A catalogue of random words."
     return pl.DataFrame({
-        "product_id": [f"B{i:09d}" for i in range(products)], "product_title": phrases(rng, known, products, 8), "product_description": phrases(rng, known, products, 20),
-        "product_bullet_point": "", "product_brand": words(rng, known, products), "product_color": words(rng, known, products),
+        "product_id": [f"B{i:09d}" for i in range(products)], "product_title": phrases(rng, known, products, 8), "product_description": long_texts(rng, known, products, 130, .5),
+        "product_bullet_point": long_texts(rng, known, products, 110, .9), "product_brand": words(rng, known, products), "product_color": words(rng, known, products),
         "product_locale": LOCALES[np.arange(products) % 10]})
 
 # %% ../nbs/api/16b_speed.ipynb #cell-71
@@ -480,13 +496,13 @@ def training_at(steps: int, queries: int = 12, products: int = 16) -> dict:
 
 # %% ../nbs/api/16b_speed.ipynb #cell-80
 def losses_at(products: int, queries: int = 256) -> dict:
-    "Seconds of our losses, forward and backward, for a growing batch."
-    found = loss_speed(queries, products, rounds=1, memory=False)
+    "Processor seconds of our losses, forward and backward, for a growing batch."
+    found = loss_speed(queries, products, memory=False)
     return {"size": queries * products, "seconds": found["supcon, ours: seconds"] + found["circle, ours: seconds"],
             "theirs": found["supcon, pytorch-metric-learning: seconds"] + found["circle, pytorch-metric-learning: seconds"]}
 
 # %% ../nbs/api/16b_speed.ipynb #cell-82
-def mining_at(products: int, queries: int = 500) -> dict:
+def mining_at(products: int, queries: int = 2000) -> dict:
     "Processor seconds of mining over a growing catalogue."
     found = mining_speed(products, queries)
     return {"size": products, "seconds": queries / found["ours: queries per second"], "theirs": queries / found["sentence-transformers: queries per second"]}
@@ -502,7 +518,7 @@ def reading_at(judgments: int) -> dict:
     return {"size": judgments, "seconds": data_speed(judgments, judgments * 9 // 13)["cpu_seconds"]}
 
 # %% ../nbs/api/16b_speed.ipynb #cell-88
-GROWTH = {"training": [1, 2, 4, 8], "losses": [512, 1024, 2048, 4096, 8192], "mining": [5_000, 10_000, 20_000, 40_000], "evaluation": [5_000, 10_000, 20_000, 40_000],
+GROWTH = {"training": [1, 2, 4, 8], "losses": [512, 1024, 2048, 4096, 8192], "mining": [10_000, 20_000, 40_000, 80_000], "evaluation": [25_000, 50_000, 100_000, 200_000],
           "reading": [10_000, 30_000, 100_000, 300_000, 1_000_000]}
 
 # %% ../nbs/api/16b_speed.ipynb #cell-90
@@ -523,20 +539,30 @@ PARTS = {"training, same network": "training_speed(frozen=0.5, alike=True)", "tr
          "losses, large": "loss_speed(2048, 16384, rounds=1)", "mining": "mining_speed()",
          "mining, half of the queries with a deep product": "mining_speed(deep=0.5)", "evaluation": "evaluation_speed()"}
 
+# %% ../nbs/api/16b_speed.ipynb #processor
+def processor() -> str:
+    "What this machine calls its processor."
+    told = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", told.read_text()) if told.exists() else []
+    return (names or [platform.processor() or platform.machine()])[0]
+
 # %% ../nbs/api/16b_speed.ipynb #cell-96
 def bench_peers(
     out: str | Path,    # JSON file
     parts: dict[str, str] = PARTS,    # name -> call, each in a process of its own
     sizes: dict[str, list[int]] = GROWTH,
     reading: tuple[int, int] | None = (2_600_000, 1_800_000),    # judgments and products; None: leave it out
+    lists: str | Path | None = None,    # data folder with long lists, to train on as well
 ) -> dict:    # part -> numbers
     "Measure what is missing in a file of speeds."
     found = json.loads(Path(out).read_text(encoding="utf-8")) if Path(out).exists() else {}
+    if lists: parts = parts | {"training on real lists, as it comes": f"training_speed(speed.load_data({str(lists)!r}), frozen=None)"}
     work = {name: partial(apart, call) for name, call in parts.items()}
     if reading: work["reading"] = partial(data_speed, *reading)
     if sizes: work["growth"] = partial(growth, sizes)
     for name, run in work.items():
         if name in found: continue
         found[name] = run()
+        found["processor"] = found.get("processor", {}) | {name: processor()}
         write_json(out, found)
     return found

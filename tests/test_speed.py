@@ -111,11 +111,20 @@ def test_the_made_up_folder_is_esci(tmp_path):
     write_esci(tmp_path, 3000, 2000)
     data = load_data(tmp_path)
     assert data.name and data.products.height == 2000 and 2500 < data.judgments.height <= 3000
+    said = data.products["description"].str.count_matches(" ") + 1
+    assert .9 < said.count() / data.products.height < 1 and set(said.drop_nulls()) == {110, 130}    # bullet points stand in for what has no description
     assert set(data.judgments["locale"]) == {"us", "jp", "es"} and set(data.judgments["split"]) == {"train", "validation", "test"}
 
 
 def test_evaluation_runs_on_what_it_makes():
     assert 0 < evaluation_speed(20, 400, 16)["ndcg@10"] <= 1
+
+
+def test_memory_of_now_is_below_the_peak():
+    block = np.ones(30_000_000)    # .24 GB
+    held = speed.peak_memory(now=True)
+    del block
+    assert 0 < speed.peak_memory(now=True) <= held - .2 and held <= speed.peak_memory() + .01
 
 
 def test_slope_of_squares_is_two():
@@ -138,5 +147,15 @@ def test_a_stopped_measurement_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "apart", apart)
     asked = dict(parts={"first": "a()", "second": "b()"}, sizes={}, reading=None)
     with pytest.raises(KeyboardInterrupt): bench_peers(tmp_path / "speed.json", **asked)
-    assert json.loads((tmp_path / "speed.json").read_text()) == {"first": {"call": "a()"}}
-    assert set(bench_peers(tmp_path / "speed.json", **asked)) == {"first", "second"} and calls == ["a()", "b()", "b()"]
+    assert json.loads((tmp_path / "speed.json").read_text()) == {"first": {"call": "a()"}, "processor": {"first": speed.processor()}}
+    monkeypatch.setattr(speed, "processor", lambda: "another one")
+    done = bench_peers(tmp_path / "speed.json", **asked)
+    assert set(done) == {"first", "second", "processor"} and calls == ["a()", "b()", "b()"]
+    assert list(done["processor"]) == ["first", "second"] and done["processor"]["first"] != done["processor"]["second"] == "another one"
+
+
+def test_real_lists_are_trained_on_where_there_are_some(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(speed, "apart", lambda call: calls.append(call) or {})
+    bench_peers(tmp_path / "speed.json", {}, {}, None, tmp_path / "shop")
+    assert calls == [f"training_speed(speed.load_data({str(tmp_path / 'shop')!r}), frozen=None)"]
