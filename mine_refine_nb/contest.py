@@ -802,9 +802,11 @@ TABLES |= {"us, short lists": Table("us", without=SECOND, seeds=(0,), short=True
 
 def table_folders(there: dict[str, dict[str, list[Path]]], table: Table) -> dict[str, list[Path]]:    # arm -> folders; empty where something is missing
     "The parts of a table, out of what `arm_folders` found."
-    def wanted(folder: Path) -> bool: return table.seeds is None or int(folder.name.rsplit(" ", 1)[1]) in table.seeds
-    arms = {arm: list(filter(wanted, some)) for arm, some in there.get(table.dataset, {}).items() if arm not in table.without and (table.log or arm not in LOG_ARMS)}
-    return common({arm: some for arm, some in arms.items() if some}) if not table.log or LOG_ARMS.keys() & arms else {}
+    def seed(folder: Path) -> int: return int(folder.name.rsplit(" ", 1)[1])
+    arms = {arm: [folder for folder in some if table.seeds is None or seed(folder) in table.seeds]
+            for arm, some in there.get(table.dataset, {}).items() if arm not in table.without and (table.log or arm not in LOG_ARMS)}
+    found = common({arm: some for arm, some in arms.items() if some}) if not table.log or LOG_ARMS.keys() & arms else {}
+    return found if table.seeds is None or {seed(folder) for some in found.values() for folder in some} == set(table.seeds) else {}
 
 # %% ../nbs/api/16c_contest.ipynb #cell-53
 def arm_evaluations(folders: dict[str, list[Path]], kind: str, short: bool = False) -> dict[str, Evaluation]:
