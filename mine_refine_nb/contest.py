@@ -790,7 +790,7 @@ TABLES = {
     "es+jp": Table("es+jp", seeds=(0,)),
     "es+jp, three seeds": Table("es+jp", seeds=(0, 1, 2)),
     "market": Table("market", seeds=(0,)),
-    "market, three seeds": Table("market", seeds=(0, 1, 2)),
+    "market, seeds 1 and 2": Table("market", seeds=(1, 2)),
     "market, with a log": Table("market", True, STEPS, (0,)),
     LOGGED: Table("market", True, ASIDE, (0,)),
     f"{LOGGED}, seed 1": Table("market", True, ASIDE, (1,)),

@@ -238,7 +238,7 @@ def test_a_table_says_what_it_is_of(tmp_path):
     assert told["us, full"] == {"pretrained": 1, "MNRL": 1, "AnglE": 1, "ours, full": 1} == told["us, full, short lists"]
     assert told["us"] == {"pretrained": 1, "ours, stage 1": 1, "MNRL": 1, "AnglE": 1, "ours, no mining": 1} and told["us, three seeds"] == {"pretrained": 3, "ours, stage 1": 3, "MNRL": 3}
     assert told["es+jp"] == {"pretrained": 1, "ours, stage 1": 1, "AnglE": 1} and told["es+jp, three seeds"] == {"pretrained": 3, "ours, stage 1": 3}
-    assert told[f"{contest.LOGGED}, three seeds"] == told["market, three seeds"] == {}    # there are two
+    assert told[f"{contest.LOGGED}, three seeds"] == told["market, seeds 1 and 2"] == {}    # there are two
     two = contest.Table("market", True, contest.ASIDE, (0, 1))
     assert {arm: len(some) for arm, some in contest.table_folders(there, two).items()} == {"pretrained": 2, "MNRL": 2, logged: 2}
     assert {arm: len(some) for arm, some in contest.table_folders(there, contest.Table("market")).items()} == {"pretrained": 1, "MNRL": 1, "ours, no mining": 1}    # the seed that all have
