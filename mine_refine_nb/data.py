@@ -7,13 +7,13 @@ __all__ = ['PRODUCT_COLUMNS', 'JUDGMENT_COLUMNS', 'COUNTS', 'SPLITS', 'CORRECTIO
            'PROBLEMS', 'PRODUCT_SCHEMA', 'ENGAGEMENT_SCHEMA', 'PLAIN', 'NEAR', 'MEET', 'ESCI_FILES', 'ESCI_PRODUCT',
            'ESCI_JUDGMENT', 'QUERY_SCHEMA', 'WANDS_FILES', 'BEIR_SPLITS', 'LAYOUTS', 'SHADES', 'Note', 'RelevanceData',
            'queries_of', 'take_split', 'query_ids', 'DataError', 'Source', 'line_of', 'place', 'refuse', 'text_check',
-           'as_number', 'grade_checks', 'judgment_schema', 'is_count', 'check', 'explain', 'need_columns', 'tidy',
-           'plain', 'Plain', 'normalise_query', 'distinct', 'triple_numbers', 'letter_triples', 'least_shared',
+           'as_number', 'grade_checks', 'judgment_schema', 'is_count', 'check', 'explain', 'need_columns', 'untrimmed',
+           'tidy', 'plain', 'Plain', 'normalise_query', 'distinct', 'triple_numbers', 'letter_triples', 'least_shared',
            'rarest', 'jaccard', 'near_pairs', 'Likeness', 'likeness', 'query_groups', 'order_groups', 'split_queries',
            'find_leaks', 'checked_products', 'check_known', 'check_split', 'checked_judgments', 'agree', 'leak_notes',
            'cut_sides', 'settle_split', 'checked_engagement', 'crossing', 'check_locales', 'make_data', 'utf8',
-           'read_csv', 'ragged', 'stray_quote', 'read_jsonl', 'broken_line', 'read_parquet', 'read_table', 'one_of',
-           'file_source', 'read_own', 'first_known', 'tell_apart', 'read_esci', 'with_queries', 'read_wands',
+           'read_csv', 'ragged', 'stray_quote', 'read_jsonl', 'broken_line', 'first_known', 'read_parquet',
+           'read_table', 'one_of', 'file_source', 'read_own', 'tell_apart', 'read_esci', 'with_queries', 'read_wands',
            'read_qrels', 'binary_grades', 'read_beir', 'Layout', 'detect_layout', 'label_map', 'load_data',
            'product_text', 'candidates', 'summarise', 'data_text', 'mix_bar', 'judged_line', 'summary_row', 'data_html',
            'hash_frame', 'fingerprint_data', 'write_frames', 'save_data', 'load_saved']
@@ -288,6 +288,17 @@ def need_columns(
         has = ", ".join(map(repr, found)) or "none"
         raise DataError(f"{Path(path).name}: column {name!r} is missing; the file has {has}.{hint}.")
 
+# %% ../nbs/api/01_data.ipynb #untrimmed
+def untrimmed(
+    frame: pl.DataFrame,
+    columns: Sequence[str],
+) -> set[str]:    # those with blanks before or after some text
+    "Columns that trimming would change."
+    def text(name): return pl.col(name).cast(pl.String)
+    asked = (name for name in columns if frame[name].dtype != pl.Null)
+    found = frame.lazy().select((text(name).str.strip_chars().str.len_bytes() != text(name).str.len_bytes()).any() for name in asked).collect(engine="streaming")
+    return {name for name in found.columns if found[name].item()}
+
 # %% ../nbs/api/01_data.ipynb #cell-46
 def tidy(
     frame: pl.DataFrame,             # as read, perhaps with `_row` and `_file`
@@ -299,10 +310,12 @@ def tidy(
     need_columns(frame.columns, map(source.column, required), source.files[0])
     if "_row" not in frame.columns: frame = frame.with_row_index("_row", offset=1)
     if "_file" not in frame.columns: frame = frame.with_columns(_file=pl.lit(0))
+    loose = untrimmed(frame, [column for column in map(source.column, [*required, *optional]) if column in frame.columns])
     def trimmed(name):
         theirs = source.column(name)
         if theirs not in frame.columns: return pl.lit(None, pl.String).alias(name)
-        text = pl.col(theirs).cast(pl.String).str.strip_chars()
+        text = pl.col(theirs).cast(pl.String)
+        if theirs in loose: text = text.str.strip_chars()
         return pl.when(text != "").then(text).alias(name)
     return frame.select(*map(trimmed, [*required, *optional]), "_row", "_file")
 
@@ -755,11 +768,21 @@ def broken_line(path: Path, content: bytes) -> str:
         except ValueError: return f"{path.name}, line {number}: this is not a JSON object. Correct or remove the line"
     return ""
 
+# %% ../nbs/api/01_data.ipynb #cell-117
+def first_known(
+    names: Sequence[str],    # the columns that are there
+    *columns: str,           # text columns, in order of preference
+) -> pl.Expr:    # null where none of them says anything
+    "The first of these columns that holds text, row by row."
+    there = [pl.when(pl.col(name).str.strip_chars() != "").then(name) for name in columns if name in names]
+    return pl.coalesce(there) if there else pl.lit(None, pl.String)
+
 # %% ../nbs/api/01_data.ipynb #cell-109
 def read_parquet(
     path: Path,
     needed: Sequence[str],    # columns that must be there
     wanted: Sequence[str],    # all columns to take, where they are there
+    instead: Mapping[str, str] = {},    # text column -> the one that stands in for it where it says nothing, and is left out
 ) -> pl.DataFrame:            # these columns, and `_row` counted from 1
     "Read the wanted columns of a Parquet file."
     try: schema = pl.read_parquet_schema(path)
@@ -770,7 +793,11 @@ def read_parquet(
         if name in schema and schema[name].is_nested():
             raise DataError(f"{path.name}: column {name!r} holds {schema[name]} where text is expected. "
                             "Join it into one string per row")
-    return pl.read_parquet(path, columns=[name for name in schema if name in wanted]).with_row_index("_row", offset=1)
+    names = [name for name in schema if name in wanted]
+    if not instead: return pl.read_parquet(path, columns=names).with_row_index("_row", offset=1)
+    said = [first_known(names, name, other).str.strip_chars().alias(name) for name, other in instead.items()]
+    rows = pl.scan_parquet(path).select(names).with_columns(said).drop(*instead.values(), strict=False)
+    return rows.collect(engine="streaming").with_row_index("_row", offset=1)
 
 # %% ../nbs/api/01_data.ipynb #cell-111
 def read_table(
@@ -778,12 +805,13 @@ def read_table(
     required: Sequence[str],        # our names of the columns that must be there
     optional: Sequence[str] = (),   # our names of those taken where they are there
     file: int = 0,                  # which of the source's files
+    instead: Mapping[str, str] = {},    # as in `read_parquet`
 ) -> pl.DataFrame:                  # the file's columns in its own words, with `_row` and `_file`
     "Read one file of a source by its suffix."
     path = Path(source.files[file])
     needed, wanted = list(map(source.column, required)), list(map(source.column, [*required, *optional]))
     kind = path.suffix.lower()
-    if kind == ".parquet": frame = read_parquet(path, needed, wanted)
+    if kind == ".parquet": frame = read_parquet(path, needed, [*wanted, *instead.values()], instead)
     elif kind == ".jsonl": frame = read_jsonl(path, wanted)
     elif source.separator: frame = read_csv(path, source.separator)
     else: raise DataError(f"{path.name}: a table is a .csv, .tsv, .jsonl or .parquet file. Name it by what it holds")
@@ -826,15 +854,6 @@ def read_own(
         log = read_table(where["engagement"], ("query", "product_id", *COUNTS), ("position", "locale"))
     return make_data(products, judgments, engagement=log, name=folder.name, seed=seed, where=where)
 
-# %% ../nbs/api/01_data.ipynb #cell-117
-def first_known(
-    frame: pl.DataFrame,
-    *columns: str,   # text columns, in order of preference; they may be missing
-) -> pl.Expr:        # null where none of them says anything
-    "The first of these columns that holds text, row by row."
-    there = [pl.when(pl.col(name).str.strip_chars() != "").then(name) for name in columns if name in frame.columns]
-    return pl.coalesce(there) if there else pl.lit(None, pl.String)
-
 # %% ../nbs/api/01_data.ipynb #cell-119
 ESCI_FILES = ("shopping_queries_dataset_examples.parquet", "shopping_queries_dataset_products.parquet")
 ESCI_PRODUCT = dict(product_id="product_id", title="product_title", category="product_category", brand="product_brand",
@@ -866,11 +885,9 @@ def read_esci(
     "Read the Shopping Queries Data Set as published, or a sample in its layout."
     where = dict(products=file_source(folder / ESCI_FILES[1], ESCI_PRODUCT),
                  judgments=file_source(folder / ESCI_FILES[0], ESCI_JUDGMENT, grades=grades or ESCI_GRADES))
-    products = read_table(replace(where["products"], columns=ESCI_PRODUCT | {"bullets": "product_bullet_point"}),
-                          ("product_id", "title", "locale"), ("category", "brand", "description", "bullets"))
+    products = read_table(where["products"], ("product_id", "title", "locale"), ("category", "brand", "description"),
+                          instead={"product_description": "product_bullet_point"})
     judgments = read_table(where["judgments"], ("query", "product_id", "grade", "locale", "split"))
-    said = first_known(products, "product_description", "product_bullet_point")
-    products = products.with_columns(product_description=said)
     products, judgments, notes = tell_apart(products, judgments)
     return make_data(products, judgments, name=folder.name, seed=seed, where=where, published=True, notes=notes)
 
@@ -912,7 +929,7 @@ def read_wands(
     product, query, label = (Source((folder / name,), columns, separator="\t") for name, columns in WANDS_FILES.items())
     label = replace(label, grades=grades or WANDS_GRADES)
     products = read_table(product, ("product_id", "title"))
-    path = first_known(products, "category hierarchy", "product_class").str.replace_all(" / ", " > ", literal=True)
+    path = first_known(products.columns, "category hierarchy", "product_class").str.replace_all(" / ", " > ", literal=True)
     products = products.with_columns(path.alias("category hierarchy"))
     judgments = with_queries(read_table(label, ("query_id", "product_id", "grade")), label, query)
     return make_data(products, judgments, name=folder.name, seed=seed, where=dict(products=product, judgments=label),
@@ -947,7 +964,7 @@ def read_beir(
     qrels = Source(files, dict(query_id="query-id", product_id="corpus-id", grade="score"), separator="\t")
     queries = file_source(folder / "queries.jsonl", dict(query_id="_id", query="text"))
     products = read_table(corpus, ("product_id",), ("title", "description"))
-    products = products.with_columns(title=first_known(products, "title", "text"))
+    products = products.with_columns(title=first_known(products.columns, "title", "text"))
     judgments = with_queries(read_qrels(qrels), qrels, queries)
     binary = binary_grades(judgments["score"]) if grades is None else None
     note = Note("scores became grades", judgments.height, "scores are 0 and 1 only: 1 became 2, relevant")

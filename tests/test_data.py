@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mine_refine_nb.data import (JUDGMENT_COLUMNS, PRODUCT_COLUMNS, DataError, Note, RelevanceData, candidates,
                                  file_source, find_leaks, likeness, load_data, make_data, near_pairs, normalise_query,
-                                 product_text, query_groups, query_ids, read_table, split_queries)
+                                 product_text, query_groups, query_ids, read_table, split_queries, untrimmed)
 from mine_refine_nb.grades import consensus
 
 ESCI = Path(__file__).parents[2] / "shared" / "data" / "esci"
@@ -606,3 +606,22 @@ def test_the_esci_sample():
     assert dict(listed.iter_rows())["test"] == 39 and dict(listed.iter_rows())["validation"] >= 10
     assert set(data.queries["locale"]) == {"us", "es", "jp"}
     assert load_data(ESCI).fingerprint == data.fingerprint
+
+
+def test_descriptions_are_merged_in_the_order_of_the_file(tmp_path):
+    "Bullet points stand in where there is no description, whatever part of the file a row is in."
+    n = 5000
+    said = [None if i % 3 == 0 else "  " if i % 3 == 1 else f" text {i} " for i in range(n)]
+    products = pl.DataFrame(dict(product_id=[f"p{i}" for i in range(n)], product_title=[f"title {i}" for i in range(n)], product_description=said,
+                                 product_bullet_point=[None if i % 2 else f"point {i}" for i in range(n)], product_locale="us"))
+    products.write_parquet(tmp_path / "shopping_queries_dataset_products.parquet", row_group_size=100)
+    pl.DataFrame(dict(query=[f"query {i // 20} {chr(97 + i // 20 % 26) * 5}" for i in range(n)], query_id=[i // 20 for i in range(n)], product_id=products["product_id"], product_locale="us",
+                      esci_label="E", split="train")).write_parquet(tmp_path / "shopping_queries_dataset_examples.parquet")
+    data = load_data(tmp_path)
+    wanted = [f"text {i}" if i % 3 == 2 else None if i % 2 else f"point {i}" for i in range(n)]
+    assert data.products["product_id"].to_list() == products["product_id"].to_list() and data.products["description"].to_list() == wanted
+
+
+def test_only_columns_with_blanks_are_trimmed():
+    frame = pl.DataFrame(dict(a=["tent", " tent"], b=["tent", None], c=[1, 2], d=["", "\tx"]))
+    assert untrimmed(frame, frame.columns) == {"a", "d"}
