@@ -334,7 +334,7 @@ def in_blocks(
     queries: Tensor,  # unit rows [queries, dim]
     products: Tensor,  # unit rows [products, dim]
     grades: Tensor,  # grades [queries, products], -1 for unjudged; int8 will do
-    rows: int = 128,  # queries at a time
+    rows: int = 256,  # queries at a time
 ) -> Tensor:  # scalar, the same as loss(queries @ products.T, grades)
     "A loss of a large batch in the memory of a small one."
     if grades.shape != (len(queries), len(products)) or not len(queries):

@@ -232,7 +232,7 @@ def their_loss(kind: str, queries: torch.Tensor, products: torch.Tensor, owner: 
     return loss(queries, torch.arange(len(queries)), ref_emb=products, ref_labels=owner)
 
 # %% ../nbs/api/16b_speed.ipynb #cell-36
-LOSSES = {"ours": our_loss, "ours in blocks": partial(our_loss, rows=128), "pytorch-metric-learning": their_loss}
+LOSSES = {"ours": our_loss, "ours in blocks": partial(our_loss, rows=256), "pytorch-metric-learning": their_loss}
 
 # %% ../nbs/api/16b_speed.ipynb #cell-38
 def loss_memory(side: str, kind: str, queries: int, products: int) -> dict:    # for `apart`
