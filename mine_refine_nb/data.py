@@ -29,7 +29,7 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -291,7 +291,7 @@ def need_columns(
 # %% ../nbs/api/01_data.ipynb #untrimmed
 def untrimmed(
     frame: pl.DataFrame,
-    columns: Sequence[str],
+    columns: Collection[str],
 ) -> set[str]:    # those with blanks before or after some text
     "Columns that trimming would change."
     def text(name): return pl.col(name).cast(pl.String)
@@ -310,7 +310,7 @@ def tidy(
     need_columns(frame.columns, map(source.column, required), source.files[0])
     if "_row" not in frame.columns: frame = frame.with_row_index("_row", offset=1)
     if "_file" not in frame.columns: frame = frame.with_columns(_file=pl.lit(0))
-    loose = untrimmed(frame, [column for column in map(source.column, [*required, *optional]) if column in frame.columns])
+    loose = untrimmed(frame, set(map(source.column, [*required, *optional])) & set(frame.columns))
     def trimmed(name):
         theirs = source.column(name)
         if theirs not in frame.columns: return pl.lit(None, pl.String).alias(name)
