@@ -805,7 +805,7 @@ def read_table(
     required: Sequence[str],        # our names of the columns that must be there
     optional: Sequence[str] = (),   # our names of those taken where they are there
     file: int = 0,                  # which of the source's files
-    instead: Mapping[str, str] = {},    # as in `read_parquet`
+    instead: Mapping[str, str] = {},    # of a Parquet file, as in `read_parquet`
 ) -> pl.DataFrame:                  # the file's columns in its own words, with `_row` and `_file`
     "Read one file of a source by its suffix."
     path = Path(source.files[file])
